@@ -1,0 +1,291 @@
+"""The step-size rule of SaLSa on plain floats.
+
+Everything here is scalar arithmetic in double precision: the optimizers bring the loss and the
+slope, this module decides. Source of the equation numbers: Kenneweg, Kenneweg, Fumagalli, Hammer,
+"No learning rates needed: Introducing SALSA - Stable Armijo Line Search Adaptation" (IJCNN 2024).
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Outcome = Literal["accepted", "slope", "unresolved", "trials"]
+
+# Argument -> (what is allowed, in words; the same as a test).
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "c": ("a number strictly between 0 and 1 (0.3 to 0.5 works well)", lambda x: 0 < x < 1),
+    "beta3": ("a number in [0, 1) (0.9 to 0.999 works well, 0 is SLS)", lambda x: 0 <= x < 1),
+    "steps_to_double": ("a finite number of steps, at least 1", lambda x: 1 <= x < math.inf),
+    "backtrack_factor": ("a number strictly between 0 and 1", lambda x: 0 < x < 1),
+    "initial_step_size": ("a finite number above 0", lambda x: 0 < x < math.inf),
+    "max_search_interval": ("a whole number of steps, at least 1", lambda x: x >= 1),
+    "require_decrease": ("True or False", lambda x: True),
+    "max_trials": ("a whole number of forward passes, at least 1", lambda x: x >= 1),
+    "direction": ("'gradient' or 'momentum'", lambda x: x in ("gradient", "momentum")),
+    "betas": (
+        "two numbers in [0, 1)",
+        lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+    ),
+    "eps": ("a finite number above 0", lambda x: 0 < x < math.inf),
+    "momentum": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": ("a finite number, at least 0", lambda x: 0 <= x < math.inf),
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "max_search_interval": int,
+    "max_trials": int,
+    "require_decrease": bool,
+    "direction": str,
+    "betas": (tuple, list),
+}
+
+
+def check_setting(name: str, value: Any, argument: str | None = None) -> None:
+    """Raise a `ValueError` that names the argument, its value and the allowed range.
+
+    Args:
+        name: The setting, as the optimizers call it (`"c"`, `"beta3"`, ...).
+        value: What the user gave.
+        argument: The name under which the user gave it, where that differs (`"salsa_c"`).
+    """
+    allowed, test = _ALLOWED[name]
+    expected = _TYPES.get(name, (int, float))
+    # bool is an int to Python, but `c=True` is a mistake.
+    right_type = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    if not right_type or not test(value):
+        raise ValueError(f"{argument or name}={value!r} is not allowed: it must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What a search may do. The optimizers document the fields; `check_setting` has the ranges."""
+
+    c: float
+    beta3: float
+    steps_to_double: float
+    backtrack_factor: float
+    initial_step_size: float
+    max_search_interval: int
+    require_decrease: bool
+    max_trials: int
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """All that one step hands to the next, as plain scalars.
+
+    Attributes:
+        step_size: eta_{k-1}, the step size last applied.
+        h: h_{k-1}, the smoothed decrease of the loss (Eq. 5).
+        s: s_{k-1}, the smoothed slope (Eq. 5, 7).
+        step_size_average_fast: etabar(0.9) of Eq. 8.
+        step_size_average_slow: etabar(0.99) of Eq. 8. Above 0 once a search has been accepted.
+        search_interval: L_k, steps from one search to the next (Eq. 11).
+        steps_since_search: Steps taken since the last search, that search's own step not counted.
+        reevaluate_loss: The replay does not reproduce the training loss, so f(w_k) is evaluated
+            with the trials.
+        searches: Searches so far.
+        trials: Evaluations of the objective so far, each an extra forward pass.
+        failed_searches: Searches that found no step size.
+        skipped_steps: Steps not taken because the loss or the gradient was not finite.
+        consecutive_skips: How many of them came last in a row.
+    """
+
+    step_size: float
+    h: float = 0.0
+    s: float = 0.0
+    step_size_average_fast: float = 0.0
+    step_size_average_slow: float = 0.0
+    search_interval: int = 1
+    steps_since_search: int = 0
+    reevaluate_loss: bool = False
+    searches: int = 0
+    trials: int = 0
+    failed_searches: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+    @property
+    def search_due(self) -> bool:
+        """Whether the coming step searches."""
+        return self.steps_since_search + 1 >= self.search_interval
+
+    @property
+    def step_size_known(self) -> bool:
+        """Whether any search has been accepted yet."""
+        return self.step_size_average_slow > 0
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """What the latest search saw and decided.
+
+    Attributes:
+        step_size: The step size chosen; the one of before if the search failed.
+        loss: f_k(w_k).
+        trial_loss: f_k at the chosen trial point; of the last trial if the search failed, NaN if
+            there was none.
+        decrease: `loss - trial_loss`.
+        slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD.
+        trials: Step sizes tried, each one forward pass.
+        outcome: `"accepted"`; or why the search failed: `"slope"` (the tested direction does not
+            descend), `"unresolved"` (the loss's precision cannot show the decrease of any smaller
+            step), `"trials"` (`max_trials` forward passes were not enough).
+        interval: L_k, steps until the next search.
+    """
+
+    step_size: float
+    loss: float
+    trial_loss: float
+    decrease: float
+    slope: float
+    trials: int
+    outcome: Outcome
+    interval: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the search found a step size."""
+        return self.outcome == "accepted"
+
+
+def moving_average(average: float, value: float, beta: float) -> float:
+    """Return `beta * average + (1 - beta) * value` (Eq. 5, 8)."""
+    return beta * average + (1 - beta) * value
+
+
+def search_interval(average_fast: float, average_slow: float, max_search_interval: int) -> int:
+    """Return L_k, the number of steps from this search to the next (Eq. 9-11).
+
+    r = etabar(0.9) / etabar(0.99) shows how much the step size moves; rbar = max(r, 1/r);
+    L_k is the nearest integer of 1 / (rbar - 1), clamped to [1, max_search_interval].
+    """
+    r = average_fast / average_slow  # Eq. 9
+    movement = max(r, 1 / r) - 1  # rbar - 1, Eq. 10
+    if movement * max_search_interval <= 1:  # no division by zero for a step size at rest
+        return max_search_interval
+    return min(max(1, math.floor(1 / movement + 0.5)), max_search_interval)  # Eq. 11
+
+
+def is_accepted(
+    settings: SearchSettings, state: SearchState, step_size: float, decrease: float, slope: float
+) -> bool:
+    """Return whether h_k >= c * eta_k * s_k (Eq. 6; Eq. 7 for Adam; Eq. 1 and 3 for beta3 = 0).
+
+    With `require_decrease` the loss must not rise either, the extra condition of Theorem 1. A trial
+    loss that is not finite rejects.
+    """
+    if not math.isfinite(decrease) or (settings.require_decrease and decrease < 0):
+        return False
+    h = moving_average(state.h, decrease, settings.beta3)
+    s = moving_average(state.s, slope, settings.beta3)
+    return h >= settings.c * step_size * s
+
+
+def search(
+    settings: SearchSettings,
+    state: SearchState,
+    evaluate: Callable[[float], float],
+    *,
+    loss: float,
+    slope: float,
+    resolution: float,
+) -> tuple[SearchRecord, SearchState]:
+    """Find the step size of this step: the largest of the trial step sizes that is accepted.
+
+    The trial step sizes are eta_{k-1} * 2^(n/b) * delta^j, j = 0, 1, 2, ..., with n the steps since
+    the last search, b = `steps_to_double` and delta = `backtrack_factor`: Algorithm 1, its growth
+    of 2^(1/b) per training step whatever the interval. Where acceptance is monotone in j the answer
+    is that of trying them one by one; j = 0, 1, 2, 4, 8, ... and then bisection find it in
+    O(log j) evaluations.
+
+    Args:
+        settings: The rule's constants.
+        state: As the step before left it.
+        evaluate: Step size -> f_k(w_k + step_size * d_k).
+        loss: f_k(w_k), finite.
+        slope: Minus the directional derivative of f_k along d_k, finite.
+        resolution: The smallest change of the loss that its precision can show. Step sizes whose
+            first-order decrease `step_size * slope` lies below are not tried.
+
+    Returns:
+        The record of the search, and the state with averages, interval and counters moved on
+        (`trials` is left to whoever counts the evaluations).
+    """
+    growth = 2 ** ((state.steps_since_search + 1) / settings.steps_to_double)
+    first = min(state.step_size * growth, sys.float_info.max)
+    losses: dict[int, float] = {}
+
+    def step_size(j: int) -> float:
+        return first * settings.backtrack_factor**j
+
+    def accepts(j: int) -> bool:
+        losses[j] = evaluate(step_size(j))
+        return is_accepted(settings, state, step_size(j), loss - losses[j], slope)
+
+    best: int | None = None
+    outcome: Outcome
+    if slope <= 0:
+        outcome = "slope"
+    elif first * slope < resolution:
+        outcome = "unresolved"
+    else:
+        smallest = max(resolution / slope, sys.float_info.min)
+        last = math.floor(math.log(smallest / first) / math.log(settings.backtrack_factor))
+        best, outcome = _largest_accepted(accepts, last, settings.max_trials)
+
+    searched = replace(
+        state,
+        searches=state.searches + 1,
+        steps_since_search=0,
+        failed_searches=state.failed_searches + (best is None),
+    )
+    if best is None:
+        chosen, trial_loss = state.step_size, list(losses.values())[-1] if losses else math.nan
+    else:
+        chosen, trial_loss = step_size(best), losses[best]
+        fast = moving_average(state.step_size_average_fast, chosen, 0.9)  # Eq. 8
+        slow = moving_average(state.step_size_average_slow, chosen, 0.99)
+        searched = replace(
+            searched,
+            step_size=chosen,
+            h=moving_average(state.h, loss - trial_loss, settings.beta3),  # Eq. 5
+            s=moving_average(state.s, slope, settings.beta3),
+            step_size_average_fast=fast,
+            step_size_average_slow=slow,
+            search_interval=search_interval(fast, slow, settings.max_search_interval),
+        )
+    record = SearchRecord(
+        step_size=chosen,
+        loss=loss,
+        trial_loss=trial_loss,
+        decrease=loss - trial_loss,
+        slope=slope,
+        trials=len(losses),
+        outcome=outcome,
+        interval=searched.search_interval,
+    )
+    return record, searched
+
+
+def _largest_accepted(
+    accepts: Callable[[int], bool], last: int, max_trials: int
+) -> tuple[int | None, Outcome]:
+    """Return the smallest accepted j in [0, last] (the largest step size), or None and why."""
+    trials, rejected, j = 1, -1, 0
+    while not accepts(j):
+        if j == last:
+            return None, "unresolved"
+        if trials == max_trials:
+            return None, "trials"
+        trials, rejected, j = trials + 1, j, min(max(1, 2 * j), last)
+    accepted = j
+    while accepted - rejected > 1 and trials < max_trials:
+        middle = (rejected + accepted) // 2
+        trials += 1
+        if accepts(middle):
+            accepted = middle
+        else:
+            rejected = middle
+    return accepted, "accepted"

@@ -1,0 +1,270 @@
+"""BatchObjective: the loss of one recorded (accumulated) mini-batch, at any weights."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from .optimizers import LineSearchOptimizer
+
+# Integer buffers above this many elements are quantised weights, which no forward pass writes.
+_LARGEST_INTEGER_BUFFER = 4096
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """The state of every random stream that a forward pass may draw from."""
+
+    python: Any
+    numpy: Any
+    torch_cpu: Tensor
+    accelerators: dict[torch.device, Tensor]
+
+    @classmethod
+    def capture(cls, devices: list[torch.device]) -> "_RandomState":
+        return cls(
+            python=random.getstate(),
+            numpy=np.random.get_state(),
+            torch_cpu=torch.get_rng_state(),
+            accelerators={
+                device: torch.get_device_module(device).get_rng_state(*_index(device))
+                for device in devices
+            },
+        )
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch_cpu)
+        for device, state in self.accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # MPS has one device and takes no argument
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    loss_fn: Callable[..., Tensor]
+    inputs: tuple[Any, ...]
+    random_state: _RandomState
+
+
+class BatchObjective:
+    """f_k: the loss of the mini-batch that is being trained on, re-evaluable at other weights.
+
+    Record the forward passes of one update; `optimizer.step()` then evaluates the objective at the
+    trial points of its search, with the same data, the same dropout masks and the same buffers, and
+    forgets the mini-batch. With several processes the objective is the mean over them, so that all
+    take the same decisions; every process must then take part in every evaluation.
+
+    Evaluating leaves no trace: the random streams of torch (CPU and accelerators), NumPy and
+    Python and the buffers of the model (BatchNorm) are afterwards what they were before.
+
+    Args:
+        model: The model whose buffers and devices the loss depends on. Its parameters are not
+            touched here.
+        optimizer: The line-search optimizer (or Accelerate's wrapper of it). `step()` without a
+            closure uses this objective from now on.
+        gradient_accumulation_steps: What backward divides each recorded loss by. 1 (default) if
+            `loss_fn` returns just what is differentiated; Accelerate's
+            `gradient_accumulation_steps` where `accelerator.backward(loss)` divides.
+
+    Raises:
+        TypeError: `optimizer` is not a line-search optimizer.
+
+    Example:
+        >>> objective = BatchObjective(model, optimizer)
+        >>> for batch in loader:
+        ...     loss = objective.record(lambda batch: model(**batch).loss, batch)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, gradient_accumulation_steps: int = 1
+    ) -> None:
+        line_search = unwrap_optimizer(optimizer)
+        if line_search is None:
+            raise TypeError(
+                f"BatchObjective needs a line-search optimizer (SaLSaAdam, SaLSaSGD, SLSAdam, "
+                f"SLSSGD), not {type(optimizer).__name__}: no other one evaluates the loss again."
+            )
+        self._model = model
+        self._optimizer: LineSearchOptimizer = line_search
+        self._divisor = gradient_accumulation_steps
+        self._losses: list[Tensor] = []
+        self._micro_batches: list[_MicroBatch] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._clip_factor: Tensor | float = 1.0
+        line_search.attach(self)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a mini-batch is recorded."""
+        return bool(self._losses)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """f_k(w_k) as training computed it, or None where it is not known.
+
+        With several processes it is known on steps that search only: the others stay free of
+        communication, and a loss that is not finite shows in the averaged gradients.
+        """
+        if not self._losses or (_several_processes() and not self._micro_batches):
+            return None
+        return _total(self._losses)
+
+    @property
+    def clip_factor(self) -> Tensor | float:
+        """What gradient clipping multiplied the gradients by, 1 without clipping."""
+        return self._clip_factor
+
+    def record(self, loss_fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Run one micro-batch's forward pass and remember it.
+
+        Several calls before one `optimizer.step()` are the micro-batches of one accumulated update:
+        the objective is the sum of their losses. What an update that was abandoned left behind (an
+        overflow under fp16, an exception) is dropped when no parameter has a gradient any more.
+
+        Args:
+            loss_fn: Returns the scalar loss of `inputs`, as it is differentiated. It is called
+                again, under `torch.no_grad`, with the very same `inputs`: pass what it reads as
+                arguments, since a variable of the loop has moved on by then.
+            inputs: Arguments of `loss_fn`. Mappings are copied shallowly for each call, so that
+                `loss_fn` may pop keys.
+
+        Returns:
+            The loss, ready for `backward()`.
+        """
+        if self._losses and not self._has_gradients():
+            self.clear()
+        micro_batch = None
+        if self._optimizer.search_due:
+            if not self._losses:
+                self._buffers = self._copy_buffers()
+            micro_batch = _MicroBatch(loss_fn, _shallow_copy(inputs), self._random_state())
+        loss = loss_fn(*inputs)
+        self._losses.append(self._scaled(loss))
+        if micro_batch is not None:
+            self._micro_batches.append(micro_batch)
+        return loss
+
+    def note_clipping(self, total_norm: Tensor | float, max_norm: float) -> None:
+        """Tell the search that the gradients were clipped, so that its slope stays the true one.
+
+        Args:
+            total_norm: The norm before clipping, what `clip_grad_norm_` returns.
+            max_norm: The norm to which `clip_grad_norm_` was told to clip, above 0.
+        """
+        # The formula of torch.nn.utils.clip_grad_norm_.
+        clip_factor = max_norm / (total_norm + 1e-6)
+        self._clip_factor = (
+            clip_factor.clamp(max=1.0) if isinstance(clip_factor, Tensor) else min(clip_factor, 1.0)
+        )
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Return the recorded mini-batch's loss at the current weights.
+
+        Raises:
+            RuntimeError: No mini-batch is recorded for a search.
+        """
+        if not self._micro_batches:
+            raise RuntimeError(
+                "BatchObjective has no mini-batch to evaluate: call record() before backward(), "
+                "on a step with optimizer.search_due."
+            )
+        with self.without_trace():
+            self._write_buffers(self._buffers)
+            losses = []
+            for micro_batch in self._micro_batches:
+                micro_batch.random_state.restore()
+                losses.append(self._scaled(micro_batch.loss_fn(*_shallow_copy(micro_batch.inputs))))
+            return _total(losses)
+
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Leave random streams and buffers as they are now, whatever runs inside."""
+        random_state = self._random_state()
+        buffers = self._copy_buffers()
+        try:
+            yield
+        finally:
+            self._write_buffers(buffers)
+            random_state.restore()
+
+    def clear(self) -> None:
+        """Forget the recorded mini-batch."""
+        self._losses = []
+        self._micro_batches = []
+        self._buffers = {}
+        self._clip_factor = 1.0
+
+    def _has_gradients(self) -> bool:
+        return any(
+            param.grad is not None
+            for group in self._optimizer.param_groups
+            for param in group["params"]
+        )
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss.detach() / self._divisor if self._divisor > 1 else loss.detach()
+
+    def _random_state(self) -> _RandomState:
+        devices = {param.device for param in self._model.parameters()}
+        return _RandomState.capture([d for d in devices if d.type not in ("cpu", "meta")])
+
+    def _copy_buffers(self) -> dict[str, Tensor]:
+        return {
+            name: buffer.clone()
+            for name, buffer in self._model.named_buffers()
+            if buffer.is_floating_point()
+            or buffer.is_complex()
+            or buffer.numel() <= _LARGEST_INTEGER_BUFFER
+        }
+
+    @torch.no_grad()
+    def _write_buffers(self, values: dict[str, Tensor]) -> None:
+        # Looked up afresh: a module may have put a new tensor in the place of the old one.
+        for name, buffer in self._model.named_buffers():
+            if name in values:
+                buffer.copy_(values[name])
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _shallow_copy(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(copy.copy(value) if isinstance(value, Mapping) else value for value in inputs)
+
+
+def unwrap_optimizer(optimizer: Optimizer | None) -> LineSearchOptimizer | None:
+    """Return the line-search optimizer inside Accelerate's wrapper, or None if it is another."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, LineSearchOptimizer) else None
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    """Sum over micro-batches, mean over processes, in the precision of the losses."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    if _several_processes():
+        total = total.clone()
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total

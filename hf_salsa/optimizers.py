@@ -1,0 +1,898 @@
+"""SaLSa and SLS on tensors: four torch optimizers over one private base.
+
+A subclass knows its tested direction and its update; the base gathers gradients, asks
+`line_search.search` for the step size, and writes trial points. Equation numbers are those of
+Kenneweg et al., "No learning rates needed: Introducing SALSA" (IJCNN 2024).
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.sgd import sgd
+
+from .line_search import SearchRecord, SearchSettings, SearchState, check_setting, search
+
+Closure: TypeAlias = Callable[[], Tensor | float]
+
+_MAX_CONSECUTIVE_SKIPS = 20
+# A trial point is computed in pieces, so that its temporaries stay in the cache and small beside
+# the model: a fiftieth of the parameters, at least this many elements.
+_SMALLEST_CHUNK = 2**18
+_SETTINGS = tuple(setting.name for setting in fields(SearchSettings))
+_STATE = tuple(entry.name for entry in fields(SearchState))
+# What all parameter groups share: one search, one step size.
+_SHARED = (*_SETTINGS, *_STATE, "direction", "lr")
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_FAILURES = {
+    "slope": "the tested direction does not descend (slope {slope:.3g})",
+    "unresolved": "no step size that lowers the loss {loss:.6g} by more than its precision can show"
+    " was accepted (slope {slope:.3g})",
+    "trials": "max_trials={trials} forward passes found no step size that is accepted",
+}
+
+
+class Objective(Protocol):
+    """The loss of the mini-batch whose gradients are in `.grad`, re-evaluable at other weights.
+
+    `hf_salsa.BatchObjective` is the implementation; it attaches itself to its optimizer, whose
+    `step()` then needs no closure.
+    """
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a mini-batch is recorded."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """f_k(w_k) as training computed it, or None where it is not known."""
+
+    @property
+    def clip_factor(self) -> Tensor | float:
+        """What gradient clipping multiplied the gradients by, 1 without clipping."""
+
+    def __call__(self) -> Tensor:
+        """Return the loss at the current weights."""
+
+    def clear(self) -> None:
+        """Forget the mini-batch."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals since the optimizer was made, checkpoints included.
+
+    Attributes:
+        searches: Searches.
+        trials: Evaluations of the closure or objective: extra forward passes.
+        failed_searches: Searches that found no step size and kept the one of before.
+        skipped_steps: Steps not taken because the loss or a gradient was not finite.
+    """
+
+    searches: int
+    trials: int
+    failed_searches: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Pieces of parameters, each with the pieces of gradient, backup and state that belong to it.
+
+    `steps` holds k, the number of this step, of each piece's parameter (bias correction).
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    backups: list[Tensor] = field(default_factory=list)
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+
+
+class LineSearchOptimizer(Optimizer):
+    """What SaLSa and SLS share, whatever the direction.
+
+    All state that outlives a step is in `state` (per parameter) and, as Python scalars under fixed
+    keys, in every one of `param_groups`: torch keeps nothing else in checkpoints, copies and
+    pickles.
+    """
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        for name, value in options.items():
+            check_setting(name, value)
+        state = SearchState(step_size=options["initial_step_size"])
+        defaults = {"lr": state.step_size, **options, **vars(state)}
+        self._reset_transients()
+        super().__init__(params, defaults)
+
+    def _reset_transients(self) -> None:
+        self._objective: Objective | None = None
+        self._last_search: SearchRecord | None = None
+        self._backup: dict[Tensor, Tensor] = {}
+        self._warned: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, a pickle or a checkpoint; what was not stored starts anew."""
+        if "defaults" in state:  # a copy or a pickle; load_state_dict has no defaults
+            self._reset_transients()
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, for example layers that are unfrozen later.
+
+        Args:
+            param_group: As for every torch optimizer: `params`, and the options that may differ
+                between groups (`weight_decay`, and `betas` and `eps`, or `momentum`).
+
+        Raises:
+            ValueError: A line-search setting or a learning rate of its own, or an option out of
+                range. All groups share one step size.
+        """
+        current = self.param_groups[0] if self.param_groups else self.defaults
+        for name in _SHARED:
+            if name in param_group and param_group[name] != current[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} in a parameter group is not allowed: one line "
+                    f"search sets one step size for all groups. Remove it there; pass line-search "
+                    f"settings to {type(self).__name__} itself."
+                )
+        shared = {name: current[name] for name in _SHARED}
+        group = {**param_group, **shared}
+        for name in set(self.defaults) - set(_SHARED):
+            check_setting(name, group.setdefault(name, self.defaults[name]))
+        super().add_param_group(group)
+        self._warn_of_low_precision(group["params"])
+
+    def _warn_of_low_precision(self, params: list[Tensor]) -> None:
+        low = {p.dtype for p in params if p.requires_grad and p.is_floating_point()} & {
+            torch.bfloat16,
+            torch.float16,
+        }
+        if low:
+            dtype = str(low.pop()).removeprefix("torch.")
+            self._warn_once(
+                "low precision",
+                f"Trainable parameters are {dtype}: a change of a weight by less than about "
+                f"{torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size rounds away, and "
+                "with it what the line search measures. At a step size of 1e-5 only 40 % of the "
+                "predicted decrease remains, at 1e-6 10 % (bfloat16). Load the model in float32 "
+                "and train under autocast instead: dtype=torch.float32 in from_pretrained, and "
+                "bf16=True in the training arguments.",
+            )
+
+    @property
+    def step_size(self) -> float:
+        """The step size last applied; `initial_step_size` before the first search."""
+        return float(self.param_groups[0]["step_size"])
+
+    @property
+    def search_due(self) -> bool:
+        """Whether the coming `step()` will search."""
+        return self._search_state().search_due
+
+    @property
+    def last_search(self) -> SearchRecord | None:
+        """The record of the latest search of this process, or None before the first."""
+        return self._last_search
+
+    @property
+    def counters(self) -> Counters:
+        """Totals of searches, extra forward passes, failed searches and skipped steps."""
+        group = self.param_groups[0]
+        return Counters(**{total.name: group[total.name] for total in fields(Counters)})
+
+    def attach(self, objective: Objective | None) -> None:
+        """Let `step()` without a closure take loss and re-evaluation from `objective`."""
+        self._objective = objective
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint. Moments keep the precision in which they were saved.
+
+        Args:
+            state_dict: What `state_dict()` of the same kind of optimizer returned.
+
+        Raises:
+            ValueError: The checkpoint is not of a line-search optimizer.
+        """
+        missing = {name for name in _SHARED if name not in state_dict["param_groups"][0]}
+        if missing:
+            raise ValueError(
+                f"This checkpoint was not written by {type(self).__name__}: its parameter groups "
+                f"lack {sorted(missing)}. Resume with the optimizer that wrote it."
+            )
+        super().load_state_dict(state_dict)
+        # torch casts all state to the dtype of the parameter (pytorch #43706).
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for param, saved_id in zip(params, saved_ids, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                self.state[param][name] = value.detach().to(param.device, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, loss: Tensor | float | None = None) -> Any:
+        """Choose a step size, if a search is due, and take one step.
+
+        Gradients must be in `.grad` already, as for every torch optimizer.
+
+        Args:
+            closure: Returns the loss of the same mini-batch (and the same dropout masks) at the
+                current weights. Forward only: it is called under `torch.no_grad`, and only on steps
+                that search. May be left out where a `BatchObjective` is attached.
+            loss: f_k(w_k), the loss that was differentiated, if known. Saves one forward pass per
+                search. At the first search it is compared with the closure's value.
+
+        Returns:
+            f_k(w_k) if it is known, else None.
+
+        Raises:
+            RuntimeError: No closure and no recorded mini-batch, or no gradients, or sparse ones.
+            FloatingPointError: Loss or gradients were not finite 20 steps in a row.
+        """
+        objective = self._objective
+        if closure is None or closure is objective:
+            closure = None
+            if objective is not None and objective.recorded:
+                closure, loss = objective, objective.loss
+        try:
+            return self._step(closure, loss, objective.clip_factor if objective else 1.0)
+        finally:
+            if objective is not None:
+                objective.clear()
+
+    def _step(
+        self, closure: Closure | None, loss: Tensor | float | None, clip_factor: Tensor | float
+    ) -> Tensor | float | None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is None and (not params or self.param_groups[0]["lr"] == 0):
+            # Checkpoint libraries make an optimizer create its state this way.
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self._initialise_state(param, group)
+            return None
+        if closure is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() found gradients but no loss to re-evaluate. Pass "
+                "step(closure, loss=loss), where closure() returns the loss of the same "
+                "mini-batch, or record the mini-batch: "
+                "objective = BatchObjective(model, optimizer) once, then "
+                "loss = objective.record(loss_fn, batch) in place of loss = loss_fn(batch)."
+            )
+        if not params:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() found no gradients. Call loss.backward() before "
+                "step(closure): the closure only returns the loss."
+            )
+        for param in params:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients. Make the embedding "
+                    "with sparse=False."
+                )
+        if self.param_groups[0]["lr"] != self.param_groups[0]["step_size"]:
+            self._warn_once(
+                "lr",
+                f"Something set lr={self.param_groups[0]['lr']} in the parameter groups of "
+                f"{type(self).__name__} (a learning-rate scheduler?). It is ignored: the line "
+                "search sets the step size. Remove the scheduler.",
+            )
+        state = self._search_state()
+        if not self._finite(params, loss):
+            self._write_search_state(self._skip(state))
+            return loss
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._initialise_state(param, group)
+        if state.search_due:
+            before = state
+            loss, state = self._search(closure, loss, clip_factor, before)
+            if state.skipped_steps > before.skipped_steps:
+                self._write_search_state(state)
+                return loss
+        else:
+            state = replace(state, steps_since_search=state.steps_since_search + 1)
+        # Before any search was accepted no step size is known: only the moments move.
+        self._update(state.step_size if state.step_size_known else 0.0)
+        self._write_search_state(replace(state, consecutive_skips=0))
+        return loss
+
+    def _search(
+        self,
+        closure: Closure,
+        loss: Tensor | float | None,
+        clip_factor: Tensor | float,
+        state: SearchState,
+    ) -> tuple[Tensor | float | None, SearchState]:
+        calls = 0
+
+        def evaluate() -> Tensor | float:
+            nonlocal calls
+            calls += 1
+            # Autocast caches the low-precision copy of every weight that it has seen.
+            torch.clear_autocast_cache()
+            return closure()
+
+        chunks = list(self._chunks())
+        slope = self._slope(chunks) / float(clip_factor)
+        if loss is not None and state.searches == 0:
+            replayed = float(evaluate())
+            if not self._reproduces(float(loss), replayed, _epsilon(loss, chunks)):
+                state = replace(state, reevaluate_loss=True)
+                self._warn_once(
+                    "replay",
+                    f"Evaluating the objective again at the same weights gave {replayed:.9g}, "
+                    f"training had {float(loss):.9g}: the step size is chosen on another loss than "
+                    "the one whose gradient is used. Look for random numbers that do not come from "
+                    "torch, NumPy or random (or a closure that draws new dropout masks: use "
+                    "BatchObjective), for state that the forward pass changes, for torch.compile. "
+                    "From now on f(w_k) is re-evaluated at every search, one more forward pass.",
+                )
+        if loss is None or state.reevaluate_loss:
+            loss = evaluate()
+        start = float(loss)
+        if not math.isfinite(start):
+            return loss, replace(self._skip(state), trials=state.trials + calls)
+        self._write_backup(chunks)
+
+        def loss_at(step_size: float) -> float:
+            self._write_trial(chunks, step_size)
+            return float(evaluate())
+
+        try:
+            record, searched = search(
+                self._search_settings(),
+                state,
+                loss_at,
+                loss=start,
+                slope=slope,
+                resolution=_epsilon(loss, chunks) * abs(start),
+            )
+        finally:
+            self._restore(chunks)
+            torch.clear_autocast_cache()
+        self._last_search = record
+        if not record.accepted:
+            reason = _FAILURES[record.outcome].format(**asdict(record))
+            kept = (
+                f"the step size {record.step_size:.3g} of before is kept"
+                if searched.step_size_known
+                else "no step is taken, since no step size is known yet"
+            )
+            self._warn_once(
+                record.outcome,
+                f"A line search failed: {reason}; {kept}. Said once; counters.failed_searches has "
+                "the total.",
+            )
+        if searched.search_interval > 1:
+            self._backup = {}  # the coming steps do not need it
+        return loss, replace(searched, trials=state.trials + calls)
+
+    def _skip(self, state: SearchState) -> SearchState:
+        skipped = replace(
+            state,
+            skipped_steps=state.skipped_steps + 1,
+            consecutive_skips=state.consecutive_skips + 1,
+        )
+        if skipped.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
+            self._write_search_state(skipped)
+            raise FloatingPointError(
+                f"Loss or gradients were not finite {skipped.consecutive_skips} steps in a row; "
+                "the weights are those of the last good step. Look for bad input data and for "
+                "overflow: try bf16 instead of fp16, gradient clipping, or detect it with "
+                "torch.autograd.detect_anomaly()."
+            )
+        return skipped
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    def _search_settings(self) -> SearchSettings:
+        group = self.param_groups[0]
+        return SearchSettings(**{name: group[name] for name in _SETTINGS})
+
+    def _search_state(self) -> SearchState:
+        group = self.param_groups[0]
+        return SearchState(**{name: group[name] for name in _STATE})
+
+    def _write_search_state(self, state: SearchState) -> None:
+        for group in self.param_groups:
+            group.update(vars(state), lr=state.step_size)
+
+    @staticmethod
+    def _reproduces(loss: float, replayed: float, epsilon: float) -> bool:
+        """Whether two evaluations agree up to a few roundings of the loss's precision."""
+        return abs(loss - replayed) <= 32 * epsilon * abs(loss)
+
+    @staticmethod
+    def _finite(params: list[Tensor], loss: Tensor | float | None) -> bool:
+        """Whether the loss, if known, and all gradients are finite: one pass, one host read."""
+        grads = [_real(p.grad) for p in params if p.grad is not None]
+        norms: Sequence[Tensor] = torch._foreach_norm(grads)
+        total = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
+        return bool(torch.isfinite(total)) and (loss is None or math.isfinite(float(loss)))
+
+    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _direction(self, chunk: _Chunk) -> list[Tensor]:
+        """Return -d_k, the tested direction with its sign turned; float32 or wider."""
+        raise NotImplementedError
+
+    def _update_group(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        step_size: float,
+        fused: bool,
+    ) -> None:
+        """Move the moments by one step and the weights by `step_size` along the final direction."""
+        raise NotImplementedError
+
+    def _update(self, step_size: float) -> None:
+        """Take the step of all groups from w_k with torch's own kernels."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            reals = [_real(p) for p in params]
+            grads = [_real(p.grad) for p in params]
+            states = {
+                name: [_real(self.state[p][name]) for p in params] for name in self.state[params[0]]
+            }
+            # Low-precision weights take their step in float32, where their moments are.
+            weights = [p.float() if p.dtype in _LOW_PRECISION else p for p in reals]
+            grads = [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
+            # The fused kernels walk through memory: they need dense tensors of equal layout.
+            fused = all(
+                w.is_contiguous() and g.is_contiguous() and w.device.type in _FUSED_DEVICES
+                for w, g in zip(weights, grads, strict=True)
+            )
+            self._update_group(group, weights, grads, states, step_size, fused)
+            for real, weight in zip(reals, weights, strict=True):
+                if real is not weight:
+                    real.copy_(weight)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        """Cut what has gradients into pieces of bounded size, at w_k."""
+        groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
+        total = sum(p.numel() for _, params in groups for p in params)
+        limit = max(_SMALLEST_CHUNK, total // 50)
+        for group, params in groups:
+            steps = self._step_numbers(params)
+            chunk, size = _Chunk(group), 0
+            for param, step in zip(params, steps, strict=True):
+                if param not in self._backup:
+                    self._backup[param] = torch.empty_like(param)
+                moments = {n: t for n, t in self.state[param].items() if n != "step"}
+                columns = [param, param.grad, self._backup[param], *moments.values()]
+                for pieces in _pieces([_real(column) for column in columns], limit):
+                    weight, grad, backup, *states = pieces
+                    if chunk.params and chunk.params[0].dtype != weight.dtype:
+                        yield chunk
+                        chunk, size = _Chunk(group), 0
+                    chunk.params.append(weight)
+                    chunk.grads.append(grad)
+                    chunk.backups.append(backup)
+                    for name, piece in zip(moments, states, strict=True):
+                        chunk.states.setdefault(name, []).append(piece)
+                    chunk.steps.append(step)
+                    size += weight.numel()
+                    if size >= limit:
+                        yield chunk
+                        chunk, size = _Chunk(group), 0
+            if chunk.params:
+                yield chunk
+
+    def _step_numbers(self, params: list[Tensor]) -> list[int]:
+        """Return k of each parameter for the coming step."""
+        return [0] * len(params)
+
+    def _slope(self, chunks: list[_Chunk]) -> float:
+        """Return sum <g_k, -d_k> in one host read."""
+        products = [
+            torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
+            for chunk in chunks
+            for g, d in zip(chunk.grads, self._direction(chunk), strict=True)
+        ]
+        device = products[0].device
+        return float(torch.stack([product.to(device).double() for product in products]).sum())
+
+    @staticmethod
+    def _write_backup(chunks: list[_Chunk]) -> None:
+        for chunk in chunks:
+            torch._foreach_copy_(chunk.backups, chunk.params)
+
+    @staticmethod
+    def _restore(chunks: list[_Chunk]) -> None:
+        for chunk in chunks:
+            torch._foreach_copy_(chunk.params, chunk.backups)
+
+    def _write_trial(self, chunks: list[_Chunk], step_size: float) -> None:
+        """Write w_k + step_size * d_k into the parameters."""
+        for chunk in chunks:
+            direction = self._direction(chunk)
+            if chunk.params[0].dtype in _LOW_PRECISION:
+                trial = [b.float() for b in chunk.backups]
+                torch._foreach_add_(trial, direction, alpha=-step_size)
+                torch._foreach_copy_(chunk.params, trial)
+            else:
+                torch._foreach_copy_(chunk.params, chunk.backups)
+                torch._foreach_add_(chunk.params, direction, alpha=-step_size)
+
+
+def _real(tensor: Tensor | None) -> Tensor:
+    """View a complex tensor as its real and imaginary parts, as torch.optim.AdamW does."""
+    assert tensor is not None  # for the type checker: callers filter on `.grad`
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cut tensors of one shape into aligned pieces of at most `limit` elements."""
+    if columns[0].numel() <= limit or not all(column.is_contiguous() for column in columns):
+        yield columns
+    else:
+        flat = [torch.split(column.view(-1), limit) for column in columns]
+        yield from map(list, zip(*flat, strict=True))
+
+
+def _epsilon(loss: Tensor | float | None, chunks: list[_Chunk]) -> float:
+    """Return the relative spacing of the numbers in which the loss was computed."""
+    dtype = loss.dtype if isinstance(loss, Tensor) else chunks[0].params[0].dtype
+    return torch.finfo(dtype).eps
+
+
+class SaLSaAdam(LineSearchOptimizer):
+    r"""Adam whose step size is chosen by SaLSa, the smoothed Armijo line search.
+
+    At step k with loss f_k, gradient g_k and weights w_k (all operations elementwise):
+
+        m_k = beta1 m_{k-1} + (1 - beta1) g_k,    mhat = m_k / (1 - beta1^k)           (Eq. 2)
+        v_k = beta2 v_{k-1} + (1 - beta2) g_k^2,  vhat = v_k / (1 - beta2^k)
+        tested:  d_k = -g_k / (sqrt(vhat) + eps),  slope_k = sum g_k^2 / (sqrt(vhat) + eps)
+        h_k = beta3 h_{k-1} + (1 - beta3) (f_k(w_k) - f_k(w_k + eta d_k))              (Eq. 5)
+        s_k = beta3 s_{k-1} + (1 - beta3) slope_k                                      (Eq. 7)
+        accept the first eta of eta_{k-1} 2^(n/b) delta^j, j = 0, 1, ..., with h_k >= c eta s_k
+        w_{k+1} = (1 - eta weight_decay) w_k - eta mhat / (sqrt(vhat) + eps)
+
+    A search happens every L_k steps, between 1 and `max_search_interval`, the rarer the less the
+    step size moves (Eq. 8-11); in between the last step size is kept. n is the number of steps
+    since the last search. The step size is in `step_size` and in every `param_groups[i]["lr"]`.
+
+    Args:
+        params: Parameters or parameter groups. A group may have its own `betas`, `eps` and
+            `weight_decay`; all groups share one step size.
+        c: Share of the first-order decrease that must be reached, in (0, 1); 0.3 to 0.5 is good.
+        beta3: Smoothing of both sides of the criterion, in [0, 1); 0.9 to 0.999 is good, 0 is SLS.
+        steps_to_double: b, training steps in which the step size may double, at least 1.
+        backtrack_factor: delta, by which a rejected step size shrinks, in (0, 1).
+        initial_step_size: eta_0, above 0. Too large costs a few forward passes, once.
+        max_search_interval: Most steps between two searches, at least 1.
+        direction: `"gradient"` tests d_k as above, the paper's method; `"momentum"` tests Adam's
+            own direction -mhat / (sqrt(vhat) + eps) with slope <g_k, -d_k> (ALSALS,
+            arXiv 2403.18519).
+        require_decrease: Accept no step on which the loss of the mini-batch rises, Theorem 1's
+            extra condition.
+        betas: beta1 and beta2, each in [0, 1).
+        eps: Added to the denominator, above 0.
+        weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
+        max_trials: Most forward passes of one search, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range; the message has the range.
+
+    Source:
+        Kenneweg, Kenneweg, Fumagalli, Hammer: "No learning rates needed: Introducing SALSA - Stable
+        Armijo Line Search Adaptation" (IJCNN 2024).
+
+    Example:
+        >>> optimizer = SaLSaAdam(model.parameters())
+        >>> objective = BatchObjective(model, optimizer)
+        >>> for batch in loader:
+        ...     loss = objective.record(loss_fn, batch)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.3,
+        beta3: float = 0.99,
+        steps_to_double: float = 500,
+        backtrack_factor: float = 0.9,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 10,
+        direction: str = "gradient",
+        require_decrease: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+    ) -> None:
+        super().__init__(
+            params,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=require_decrease,
+            max_trials=max_trials,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        if not self.state[param]:
+            moments = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+            self.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param, dtype=moments),
+                "exp_avg_sq": torch.zeros_like(param, dtype=moments),
+            }
+
+    def _step_numbers(self, params: list[Tensor]) -> list[int]:
+        if not params:
+            return []
+        steps = [self.state[p]["step"].to(params[0].device) for p in params]
+        return [int(step) + 1 for step in torch.stack(steps).tolist()]
+
+    def _direction(self, chunk: _Chunk) -> list[Tensor]:
+        beta1, beta2 = chunk.group["betas"]
+        second = chunk.states["exp_avg_sq"]
+        grads = [g.to(v.dtype) for g, v in zip(chunk.grads, second, strict=True)]
+        denominators = torch._foreach_mul(second, beta2)  # v_k, Eq. 2
+        torch._foreach_addcmul_(denominators, grads, grads, value=1 - beta2)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**k) for k in chunk.steps])
+        torch._foreach_add_(denominators, chunk.group["eps"])
+        if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
+            numerators = grads
+        else:
+            numerators = list(torch._foreach_mul(chunk.states["exp_avg"], beta1))  # m_k, Eq. 2
+            torch._foreach_add_(numerators, grads, alpha=1 - beta1)
+            torch._foreach_div_(numerators, [1 - beta1**k for k in chunk.steps])
+        torch._foreach_reciprocal_(denominators)
+        torch._foreach_mul_(denominators, numerators)
+        return list(denominators)
+
+    def _update_group(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        step_size: float,
+        fused: bool,
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        adamw(
+            weights,
+            grads,
+            states["exp_avg"],
+            states["exp_avg_sq"],
+            [],
+            states["step"],
+            foreach=not fused,
+            fused=fused,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=step_size,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class SaLSaSGD(LineSearchOptimizer):
+    r"""SGD whose step size is chosen by SaLSa, the smoothed Armijo line search.
+
+    At step k with loss f_k, gradient g_k and weights w_k:
+
+        tested:  d_k = -g_k,  slope_k = ||g_k||^2
+        h_k = beta3 h_{k-1} + (1 - beta3) (f_k(w_k) - f_k(w_k + eta d_k))              (Eq. 5)
+        s_k = beta3 s_{k-1} + (1 - beta3) slope_k                                      (Eq. 5)
+        accept the first eta of eta_{k-1} 2^(n/b) delta^j, j = 0, 1, ..., with h_k >= c eta s_k
+        u_k = momentum u_{k-1} + g_k
+        w_{k+1} = (1 - eta weight_decay) w_k - eta u_k                                 (Eq. 6)
+
+    See `SaLSaAdam` for when a search happens and where the step size is.
+
+    Args:
+        params: Parameters or parameter groups. A group may have its own `momentum` and
+            `weight_decay`; all groups share one step size.
+        c: Share of the first-order decrease that must be reached, in (0, 1); 0.3 to 0.5 is good.
+        beta3: Smoothing of both sides of the criterion, in [0, 1); 0.9 to 0.999 is good, 0 is SLS.
+        steps_to_double: b, training steps in which the step size may double, at least 1.
+        backtrack_factor: delta, by which a rejected step size shrinks, in (0, 1).
+        initial_step_size: eta_0, above 0. Too large costs a few forward passes, once.
+        max_search_interval: Most steps between two searches, at least 1.
+        direction: `"gradient"` tests -g_k, the paper's method; `"momentum"` tests -u_k with slope
+            <g_k, u_k>.
+        require_decrease: Accept no step on which the loss of the mini-batch rises, Theorem 1's
+            extra condition.
+        momentum: Heavy-ball momentum of the final update, in [0, 1).
+        weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
+            least 0. Not part of the tested step.
+        max_trials: Most forward passes of one search, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range; the message has the range.
+
+    Source:
+        Kenneweg, Kenneweg, Fumagalli, Hammer: "No learning rates needed: Introducing SALSA - Stable
+        Armijo Line Search Adaptation" (IJCNN 2024).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.3,
+        beta3: float = 0.99,
+        steps_to_double: float = 500,
+        backtrack_factor: float = 0.9,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 10,
+        direction: str = "gradient",
+        require_decrease: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+    ) -> None:
+        super().__init__(
+            params,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=require_decrease,
+            max_trials=max_trials,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+
+    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        if group["momentum"] and not self.state[param]:
+            dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+            self.state[param] = {"momentum_buffer": torch.zeros_like(param, dtype=dtype)}
+
+    def _direction(self, chunk: _Chunk) -> list[Tensor]:
+        wide = [g.float() if g.dtype in _LOW_PRECISION else g for g in chunk.grads]
+        if chunk.group["direction"] == "gradient" or not chunk.group["momentum"]:
+            return wide
+        buffers = torch._foreach_mul(chunk.states["momentum_buffer"], chunk.group["momentum"])
+        torch._foreach_add_(buffers, wide)
+        return list(buffers)
+
+    def _update_group(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        step_size: float,
+        fused: bool,
+    ) -> None:
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - step_size * group["weight_decay"])
+        sgd(
+            weights,
+            grads,
+            list(states["momentum_buffer"]) if group["momentum"] else [None] * len(weights),
+            foreach=not fused,
+            fused=fused,
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=step_size,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+class SLSAdam(SaLSaAdam):
+    r"""Adam whose step size is chosen by SLS, the Armijo line search of every single mini-batch.
+
+    `SaLSaAdam` with beta3 = 0 (Eq. 3: f_k(w_k + eta d_k) <= f_k(w_k) - c eta slope_k), c = 0.1 and
+    a search at every step. Arguments, ranges and errors are those of `SaLSaAdam`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.1,
+        beta3: float = 0.0,
+        steps_to_double: float = 500,
+        backtrack_factor: float = 0.9,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 1,
+        direction: str = "gradient",
+        require_decrease: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+    ) -> None:
+        super().__init__(
+            params,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=require_decrease,
+            max_trials=max_trials,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+
+class SLSSGD(SaLSaSGD):
+    r"""SGD whose step size is chosen by SLS, the Armijo line search of every single mini-batch.
+
+    `SaLSaSGD` with beta3 = 0 (Eq. 1: f_k(w_k - eta g_k) <= f_k(w_k) - c eta ||g_k||^2), c = 0.1 and
+    a search at every step. Arguments, ranges and errors are those of `SaLSaSGD`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.1,
+        beta3: float = 0.0,
+        steps_to_double: float = 500,
+        backtrack_factor: float = 0.9,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 1,
+        direction: str = "gradient",
+        require_decrease: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+    ) -> None:
+        super().__init__(
+            params,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=require_decrease,
+            max_trials=max_trials,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+
+
+OPTIMIZERS: dict[str, type[SaLSaAdam] | type[SaLSaSGD]] = {
+    "salsa_adam": SaLSaAdam,
+    "salsa_sgd": SaLSaSGD,
+    "sls_adam": SLSAdam,
+    "sls_sgd": SLSSGD,
+}
