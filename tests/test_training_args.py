@@ -1,0 +1,150 @@
+"""What users may write and what they are told (contract lines 17, 18)."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_salsa import (
+    OPTIMIZERS,
+    SaLSaSeq2SeqTrainingArguments,
+    SaLSaTrainingArguments,
+)
+from hf_salsa.training_args import ignored_settings, line_search_name, optimizer_arguments
+
+
+def parse(*argv):
+    return HfArgumentParser(SaLSaTrainingArguments).parse_args_into_dataclasses(list(argv))[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_line_search_is_an_optim_name(tmp_path, name):
+    args = parse("--output_dir", str(tmp_path), "--optim", name)
+    assert args.optim == name
+    assert line_search_name(args) == name
+    assert args.max_grad_norm == 0.0
+    optimizer_class = OPTIMIZERS[name]
+    optimizer_class([__import__("torch").nn.Parameter()], **optimizer_arguments(args))
+
+
+def test_defaults(tmp_path):
+    args = parse("--output_dir", str(tmp_path))
+    assert args.optim == "salsa_adam"
+    assert (args.logging_steps, args.logging_first_step) == (10, True)
+    assert optimizer_arguments(args) == {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def test_all_settings_from_the_command_line(tmp_path):
+    args = parse(
+        *("--output_dir", str(tmp_path), "--optim", "salsa_adam", "--salsa_c", "0.5"),
+        *("--salsa_beta3", "0.9", "--salsa_steps_to_double", "100"),
+        *("--salsa_backtrack_factor", "0.8", "--salsa_initial_step_size", "0.1"),
+        *("--salsa_max_search_interval", "5", "--salsa_direction", "momentum"),
+        *("--salsa_require_decrease", "true", "--adam_beta1", "0.8", "--adam_beta2", "0.99"),
+        *("--adam_epsilon", "1e-6", "--weight_decay", "0.01"),
+    )
+    assert optimizer_arguments(args) == {
+        "c": 0.5,
+        "beta3": 0.9,
+        "steps_to_double": 100.0,
+        "backtrack_factor": 0.8,
+        "initial_step_size": 0.1,
+        "max_search_interval": 5,
+        "direction": "momentum",
+        "require_decrease": True,
+        "betas": (0.8, 0.99),
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+    }
+
+
+def test_sgd_takes_no_adam_settings(tmp_path):
+    args = SaLSaTrainingArguments(str(tmp_path), optim="sls_sgd", weight_decay=0.1)
+    assert optimizer_arguments(args) == {"weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_files_parse(tmp_path, suffix):
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(json.dumps({"output_dir": str(tmp_path), "optim": "sls_adam", "salsa_c": 0.2}))
+    parser = HfArgumentParser(SaLSaTrainingArguments)
+    parse_file = parser.parse_yaml_file if suffix == "yaml" else parser.parse_json_file
+    (args,) = parse_file(str(path))
+    assert (args.optim, args.salsa_c) == ("sls_adam", 0.2)
+
+
+@pytest.mark.parametrize("optim", ["salsa_sgd", "adamw_torch"])
+@pytest.mark.parametrize("cls", [SaLSaTrainingArguments, SaLSaSeq2SeqTrainingArguments])
+def test_to_dict_round_trips(tmp_path, cls, optim):
+    args = cls(str(tmp_path), optim=optim, salsa_c=0.4 if optim == "salsa_sgd" else None)
+    values = json.loads(json.dumps(args.to_dict()))
+    (again,) = HfArgumentParser(cls).parse_dict(values)
+    assert again.to_dict() == args.to_dict()
+    assert cls(**values).to_dict() == args.to_dict()
+    assert dataclasses.replace(args).optim == args.optim == optim
+
+
+def test_stock_optimizers_keep_transformers_defaults(tmp_path):
+    ours = SaLSaTrainingArguments(str(tmp_path), optim="adamw_torch").to_dict()
+    stock = TrainingArguments(str(tmp_path), optim="adamw_torch").to_dict()
+    differing = {name for name in stock if ours[name] != stock[name]}
+    assert differing == {"logging_steps", "logging_first_step"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("salsa_c", 1.5, "strictly between 0 and 1"),
+        ("salsa_c", 0.0, "strictly between 0 and 1"),
+        ("salsa_c", float("nan"), "strictly between 0 and 1"),
+        ("salsa_beta3", 1.0, r"in \[0, 1\)"),
+        ("salsa_beta3", -0.1, r"in \[0, 1\)"),
+        ("salsa_steps_to_double", 0.5, "at least 1"),
+        ("salsa_steps_to_double", float("inf"), "finite"),
+        ("salsa_backtrack_factor", 1.0, "strictly between 0 and 1"),
+        ("salsa_initial_step_size", 0.0, "above 0"),
+        ("salsa_initial_step_size", float("inf"), "finite"),
+        ("salsa_max_search_interval", 0, "at least 1"),
+        ("salsa_direction", "newton", "'gradient' or 'momentum'"),
+    ],
+)
+def test_values_out_of_range_are_refused(tmp_path, argument, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{argument}={value!r} is not allowed: .*{allowed}"):
+        SaLSaTrainingArguments(str(tmp_path), **{argument: value})
+
+
+def test_a_misspelt_optimizer_gets_a_suggestion(tmp_path):
+    with pytest.raises(ValueError, match="optim='salsa_adma' is not an optimizer. Did you mean"):
+        parse("--output_dir", str(tmp_path), "--optim", "salsa_adma")
+    with pytest.raises(ValueError, match="salsa_adam, salsa_sgd, sls_adam, sls_sgd"):
+        SaLSaTrainingArguments(str(tmp_path), optim="zzz")
+
+
+def test_deepspeed_is_refused_with_the_alternative(tmp_path):
+    with pytest.raises(ValueError, match=r"deepspeed='x.json' is not allowed.*torchrun"):
+        parse("--output_dir", str(tmp_path), "--deepspeed", "x.json")
+
+
+def test_optim_args_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"optim_args='momentum=0.9' is not allowed.*salsa_"):
+        SaLSaTrainingArguments(str(tmp_path), optim_args="momentum=0.9")
+
+
+def test_what_a_line_search_ignores_is_named(tmp_path):
+    args = SaLSaTrainingArguments(
+        str(tmp_path), learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1
+    )
+    assert ignored_settings(args) == [
+        "learning_rate=2e-05",
+        "lr_scheduler_type=cosine",
+        "warmup_steps=0.1",
+    ]
+    assert ignored_settings(SaLSaTrainingArguments(str(tmp_path))) == []
+
+
+def test_values_set_later_are_checked_when_the_optimizer_is_made(tmp_path):
+    args = SaLSaTrainingArguments(str(tmp_path))
+    args.salsa_c = 7.0  # as a hyper-parameter search does
+    with pytest.raises(ValueError, match=r"salsa_c=7.0 is not allowed"):
+        optimizer_arguments(args)
