@@ -108,6 +108,7 @@ class BatchObjective:
         self._micro_batches: list[_MicroBatch] = []
         self._buffers: dict[str, Tensor] = {}
         self._clip_factor: Tensor | float = 1.0
+        self._gradient_norm: Tensor | float | None = None
         line_search.attach(self)
 
     @property
@@ -130,6 +131,11 @@ class BatchObjective:
     def clip_factor(self) -> Tensor | float:
         """What gradient clipping multiplied the gradients by, 1 without clipping."""
         return self._clip_factor
+
+    @property
+    def gradient_norm(self) -> Tensor | float | None:
+        """The norm of all gradients, or None if nobody computed it."""
+        return self._gradient_norm
 
     def record(self, loss_fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run one micro-batch's forward pass and remember it.
@@ -161,6 +167,15 @@ class BatchObjective:
             self._micro_batches.append(micro_batch)
         return loss
 
+    def note_gradient_norm(self, total_norm: Tensor | float) -> None:
+        """Tell the step the norm of all gradients, which shows whether they are finite.
+
+        Args:
+            total_norm: The norm, what `clip_grad_norm_` returns; with several processes that of the
+                whole model.
+        """
+        self._gradient_norm = total_norm
+
     def note_clipping(self, total_norm: Tensor | float, max_norm: float) -> None:
         """Tell the search that the gradients were clipped, so that its slope stays the true one.
 
@@ -168,6 +183,7 @@ class BatchObjective:
             total_norm: The norm before clipping, what `clip_grad_norm_` returns.
             max_norm: The norm to which `clip_grad_norm_` was told to clip, above 0.
         """
+        self.note_gradient_norm(total_norm)
         # The formula of torch.nn.utils.clip_grad_norm_.
         clip_factor = max_norm / (total_norm + 1e-6)
         self._clip_factor = (
@@ -211,6 +227,7 @@ class BatchObjective:
         self._micro_batches = []
         self._buffers = {}
         self._clip_factor = 1.0
+        self._gradient_norm = None
 
     def _has_gradients(self) -> bool:
         return any(

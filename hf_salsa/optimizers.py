@@ -22,8 +22,8 @@ from .line_search import SearchRecord, SearchSettings, SearchState, check_settin
 Closure: TypeAlias = Callable[[], Tensor | float]
 
 _MAX_CONSECUTIVE_SKIPS = 20
-# A trial point is computed in pieces, so that its temporaries stay in the cache and small beside
-# the model: a fiftieth of the parameters, at least this many elements.
+# A trial point is computed in pieces of so many elements: temporaries stay in the cache of a CPU.
+# Elsewhere of up to a fiftieth of the model, so that kernels are few and temporaries small.
 _SMALLEST_CHUNK = 2**18
 _SETTINGS = tuple(setting.name for setting in fields(SearchSettings))
 _STATE = tuple(entry.name for entry in fields(SearchState))
@@ -60,6 +60,10 @@ class Objective(Protocol):
     def clip_factor(self) -> Tensor | float:
         """What gradient clipping multiplied the gradients by, 1 without clipping."""
 
+    @property
+    def gradient_norm(self) -> Tensor | float | None:
+        """The norm of all gradients, or None if nobody computed it."""
+
     def __call__(self) -> Tensor:
         """Return the loss at the current weights."""
 
@@ -84,19 +88,19 @@ class Counters:
     skipped_steps: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
-    """Pieces of parameters, each with the pieces of gradient, backup and state that belong to it.
+    """Pieces of parameters of one dtype, and the gradients, backups and states that go with them.
 
-    `steps` holds k, the number of this step, of each piece's parameter (bias correction).
+    `step` is k, the number of this step, of all of them (bias correction).
     """
 
     group: dict[str, Any]
+    step: int
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     backups: list[Tensor] = field(default_factory=list)
     states: dict[str, list[Tensor]] = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
 
 
 class LineSearchOptimizer(Optimizer):
@@ -244,13 +248,13 @@ class LineSearchOptimizer(Optimizer):
             if objective is not None and objective.recorded:
                 closure, loss = objective, objective.loss
         try:
-            return self._step(closure, loss, objective.clip_factor if objective else 1.0)
+            return self._step(closure, loss, objective)
         finally:
             if objective is not None:
                 objective.clear()
 
     def _step(
-        self, closure: Closure | None, loss: Tensor | float | None, clip_factor: Tensor | float
+        self, closure: Closure | None, loss: Tensor | float | None, objective: Objective | None
     ) -> Tensor | float | None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if closure is None and (not params or self.param_groups[0]["lr"] == 0):
@@ -286,7 +290,8 @@ class LineSearchOptimizer(Optimizer):
                 "search sets the step size. Remove the scheduler.",
             )
         state = self._search_state()
-        if not self._finite(params, loss):
+        norm = objective.gradient_norm if objective else None
+        if not self._finite(self._norm(params) if norm is None else norm, loss):
             self._write_search_state(self._skip(state))
             return loss
         for group in self.param_groups:
@@ -295,6 +300,7 @@ class LineSearchOptimizer(Optimizer):
                     self._initialise_state(param, group)
         if state.search_due:
             before = state
+            clip_factor = objective.clip_factor if objective else 1.0
             loss, state = self._search(closure, loss, clip_factor, before)
             if state.skipped_steps > before.skipped_steps:
                 self._write_search_state(state)
@@ -416,12 +422,14 @@ class LineSearchOptimizer(Optimizer):
         return abs(loss - replayed) <= 32 * epsilon * abs(loss)
 
     @staticmethod
-    def _finite(params: list[Tensor], loss: Tensor | float | None) -> bool:
-        """Whether the loss, if known, and all gradients are finite: one pass, one host read."""
-        grads = [_real(p.grad) for p in params if p.grad is not None]
-        norms: Sequence[Tensor] = torch._foreach_norm(grads)
-        total = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
-        return bool(torch.isfinite(total)) and (loss is None or math.isfinite(float(loss)))
+    def _norm(params: list[Tensor]) -> Tensor:
+        """Return a norm of all gradients: finite if and only if all of them are."""
+        norms: Sequence[Tensor] = torch._foreach_norm([_real(p.grad) for p in params])
+        return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
+
+    @staticmethod
+    def _finite(norm: Tensor | float, loss: Tensor | float | None) -> bool:
+        return math.isfinite(norm) and (loss is None or math.isfinite(loss))
 
     def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -469,31 +477,27 @@ class LineSearchOptimizer(Optimizer):
     def _chunks(self) -> Iterator[_Chunk]:
         """Cut what has gradients into pieces of bounded size, at w_k."""
         groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        total = sum(p.numel() for _, params in groups for p in params)
+        total = sum(p.numel() for _, params in groups for p in params if p.device.type != "cpu")
         limit = max(_SMALLEST_CHUNK, total // 50)
         for group, params in groups:
-            steps = self._step_numbers(params)
-            chunk, size = _Chunk(group), 0
-            for param, step in zip(params, steps, strict=True):
+            chunk, size = _Chunk(group, 0), 0
+            for param, step in zip(params, self._step_numbers(params), strict=True):
                 if param not in self._backup:
                     self._backup[param] = torch.empty_like(param)
                 moments = {n: t for n, t in self.state[param].items() if n != "step"}
                 columns = [param, param.grad, self._backup[param], *moments.values()]
-                for pieces in _pieces([_real(column) for column in columns], limit):
-                    weight, grad, backup, *states = pieces
-                    if chunk.params and chunk.params[0].dtype != weight.dtype:
+                for weight, grad, backup, *states in _pieces(list(map(_real, columns)), limit):
+                    full = size >= limit or step != chunk.step
+                    if chunk.params and (full or weight.dtype != chunk.params[0].dtype):
                         yield chunk
-                        chunk, size = _Chunk(group), 0
+                        chunk, size = _Chunk(group, step), 0
+                    chunk.step = step
                     chunk.params.append(weight)
                     chunk.grads.append(grad)
                     chunk.backups.append(backup)
                     for name, piece in zip(moments, states, strict=True):
                         chunk.states.setdefault(name, []).append(piece)
-                    chunk.steps.append(step)
                     size += weight.numel()
-                    if size >= limit:
-                        yield chunk
-                        chunk, size = _Chunk(group), 0
             if chunk.params:
                 yield chunk
 
@@ -659,18 +663,19 @@ class SaLSaAdam(LineSearchOptimizer):
         beta1, beta2 = chunk.group["betas"]
         second = chunk.states["exp_avg_sq"]
         grads = [g.to(v.dtype) for g, v in zip(chunk.grads, second, strict=True)]
-        denominators = torch._foreach_mul(second, beta2)  # v_k, Eq. 2
-        torch._foreach_addcmul_(denominators, grads, grads, value=1 - beta2)
+        correction = 1 - beta2**chunk.step
+        denominators = torch._foreach_mul(second, beta2 / correction)  # vhat_k, Eq. 2
+        torch._foreach_addcmul_(denominators, grads, grads, value=(1 - beta2) / correction)
         torch._foreach_sqrt_(denominators)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**k) for k in chunk.steps])
         torch._foreach_add_(denominators, chunk.group["eps"])
         if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
             numerators = grads
         else:
-            numerators = list(torch._foreach_mul(chunk.states["exp_avg"], beta1))  # m_k, Eq. 2
-            torch._foreach_add_(numerators, grads, alpha=1 - beta1)
-            torch._foreach_div_(numerators, [1 - beta1**k for k in chunk.steps])
-        torch._foreach_reciprocal_(denominators)
+            correction = 1 - beta1**chunk.step
+            first = torch._foreach_mul(chunk.states["exp_avg"], beta1 / correction)
+            torch._foreach_add_(first, grads, alpha=(1 - beta1) / correction)
+            numerators = list(first)  # mhat_k, Eq. 2
+        torch._foreach_reciprocal_(denominators)  # in place: new tensors cost more than this
         torch._foreach_mul_(denominators, numerators)
         return list(denominators)
 

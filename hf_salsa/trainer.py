@@ -269,6 +269,12 @@ class SaLSaTrainerMixin(_Base):
             self._objective.note_clipping(norm, self.args.max_grad_norm)
         return norm
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        if self._objective is not None:
+            self._objective.note_gradient_norm(norm)  # computed for the log, so it costs nothing
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`, with what the search did since beside them.
 

@@ -136,7 +136,7 @@ def test_accumulated_update_tests_all_its_micro_batches():
         sizes = []
         for inputs, targets in zip(x, y, strict=True):
             for a, b in zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True):
-                loss = objective.record(lambda a, b: (net(a) - b).square().mean(), a, b)
+                loss = objective.record(lambda a, b, net=net: (net(a) - b).square().mean(), a, b)
                 (loss / pieces).backward()
             optimizer.step()
             optimizer.zero_grad()

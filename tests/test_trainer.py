@@ -103,7 +103,7 @@ class Recording(SaLSaTrainer):
         return loss
 
 
-# --- The loss that is tested is the loss that is differentiated (6) --------------------------------
+# --- The loss that is tested is the loss that is differentiated (6)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_searching_draws_the_same_data_and_masks(arguments, sentences):
     assert int(runs[0][1].body[1].num_batches_tracked) == 20
 
 
-# --- Accumulation (11) ----------------------------------------------------------------------------
+# --- Accumulation (11)
 
 
 @pytest.mark.parametrize("optim", ["salsa_adam", "salsa_sgd"])
@@ -288,7 +288,7 @@ def test_accelerate_accumulates(bert, sentences):
         torch.testing.assert_close(value, ends[1][1][name], rtol=0, atol=1e-3)
 
 
-# --- A stock optimizer is stock ---------------------------------------------------------------------
+# --- A stock optimizer is stock
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}])
@@ -349,7 +349,7 @@ def test_optimizer_class_and_arguments(arguments, bert, sentences):
     assert unwrap_optimizer(trainer.optimizer).param_groups[0]["c"] == 0.2
 
 
-# --- Logging and report (17) ------------------------------------------------------------------------
+# --- Logging and report (17)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -433,7 +433,7 @@ def test_readout_only_reads():
         assert readout.get_last_lr() == [optimizer.step_size]
 
 
-# --- Checkpoints (15) ---------------------------------------------------------------------------------
+# --- Checkpoints (15)
 
 
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
@@ -522,7 +522,7 @@ def test_checkpoint_of_another_optimizer_is_refused(arguments, bert, sentences):
         trainer.train(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-3"))
 
 
-# --- What users do with Trainer -----------------------------------------------------------------------
+# --- What users do with Trainer
 
 
 def test_learns(arguments, bert, sentences):
@@ -639,7 +639,7 @@ def test_peft_searches_adapters_only(arguments, bert, sentences):
 
 @pytest.mark.slow
 def test_torch_compile(arguments, gpt2, texts):
-    """Inductor draws other dropout masks with and without gradients: without dropout it is exact."""
+    """Inductor draws other dropout masks with and without gradients; without dropout: exact."""
     args = arguments(torch_compile=True, max_steps=3)
     trainer = Recording(gpt2(dropout=0.0), args, train_dataset=texts)
     metrics = trainer.train().metrics
@@ -710,7 +710,7 @@ def test_plain_module_with_tuple_outputs(arguments, sentences):
     assert SaLSaTrainer(Plain(), args, train_dataset=sentences).train().training_loss > 0
 
 
-# --- What users are told (18) ---------------------------------------------------------------------------
+# --- What users are told (18)
 
 
 def test_empty_dataset_is_refused(arguments, bert):
