@@ -1,0 +1,93 @@
+"""Trains tiny models under whatever launcher started it, and writes what came out, per rank.
+
+Usage: distributed_worker.py OUT_DIR CONFIGURATIONS (a JSON list of dictionaries)
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    set_seed,
+)
+
+from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa.objective import unwrap_optimizer
+
+torch.set_num_threads(1)
+
+
+def make_model(kind: str, dropout: float) -> torch.nn.Module:
+    set_seed(0)
+    if kind == "bert":
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+            )
+        )  # fmt: skip
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=2, n_head=2, n_embd=16, vocab_size=64, n_positions=16, resid_pdrop=dropout,
+            embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def make_data(kind: str) -> list[dict]:
+    tokens = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(1))
+    if kind == "bert":
+        return [{"input_ids": row, "labels": int(row[0] < 32)} for row in tokens]
+    examples = [{"input_ids": row, "labels": row.clone()} for row in tokens]
+    for i, example in enumerate(examples):
+        example["labels"][: i % 6] = -100
+    return examples
+
+
+def run(configuration: dict, folder: Path) -> dict:
+    args = SaLSaTrainingArguments(
+        str(folder),
+        optim=configuration.get("optim", "salsa_adam"),
+        max_steps=configuration["steps"],
+        per_device_train_batch_size=configuration["batch"],
+        gradient_accumulation_steps=configuration["accumulation"],
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    model = make_model(configuration["model"], configuration["dropout"])
+    trainer = SaLSaTrainer(model, args, train_dataset=make_data(configuration["model"]))
+    trainer.train()
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "world_size": args.world_size,
+        "step_sizes": [entry["learning_rate"] for entry in history],
+        "losses": [entry["loss"] for entry in history],
+        "trials": optimizer.counters.trials,
+        "weights": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
+        "sum": flat.double().sum().item(),
+        "norm": flat.double().norm().item(),
+        "rank": args.process_index,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    results = [run(configuration, folder) for configuration in json.loads(sys.argv[2])]
+    (folder / f"rank{results[0]['rank']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Several processes take the decisions of one (contract lines 11, 12)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+EQUIVALENT = {1: [(8, 1), (4, 2), (1, 8)], 2: [(4, 1), (2, 2), (1, 4)]}  # (batch, accumulation)
+
+
+def launch(folder, processes, configurations):
+    """Run the worker in `processes` processes and return its results, a list per rank."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    worker = [str(TESTS / "distributed_worker.py"), str(folder), json.dumps(configurations)]
+    done = subprocess.run(
+        [*launcher, *worker],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(processes)]
+
+
+def configurations(processes):
+    return [
+        {
+            "model": model,
+            "optim": optim,
+            "batch": batch,
+            "accumulation": accumulation,
+            "dropout": 0.0,
+            "steps": 10,
+        }
+        for model in ("bert", "gpt2")
+        for optim in ("salsa_adam", "salsa_sgd")
+        for batch, accumulation in EQUIVALENT[processes]
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All configurations in one process and in two, started once."""
+    with_dropout = [
+        {"model": model, "batch": 4, "accumulation": 2, "dropout": 0.1, "steps": 50}
+        for model in ("bert", "gpt2")
+    ]
+    one = launch(tmp_path_factory.mktemp("one"), 1, configurations(1))
+    two = launch(tmp_path_factory.mktemp("two"), 2, configurations(2) + with_dropout)
+    assert {result["world_size"] for rank in one for result in rank} == {1}
+    assert {result["world_size"] for rank in two for result in rank} == {2}
+    return one[0], two
+
+
+@pytest.mark.distributed
+def test_processes_times_accumulation_times_batch(runs):
+    """1 x 8 = 2 x 4 = 8 x 1 (processes x accumulation x batch): same step sizes and weights."""
+    one, two = runs
+    by_run = {}
+    for results, processes in ((one, 1), (two[0], 2)):
+        for configuration, result in zip(configurations(processes), results, strict=False):
+            by_run.setdefault((configuration["model"], configuration["optim"]), []).append(result)
+    assert len(by_run) == 4
+    for same in by_run.values():
+        assert len(same) == 6
+        for result in same[1:]:
+            assert result["step_sizes"] == pytest.approx(same[0]["step_sizes"], rel=1e-3)
+            assert result["losses"] == pytest.approx(same[0]["losses"], rel=1e-3)
+            assert result["norm"] == pytest.approx(same[0]["norm"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_ranks_hold_the_same_weights(runs):
+    """After 50 steps with dropout, other masks on every rank: bit for bit."""
+    _, two = runs
+    for first, second in zip(*two, strict=True):
+        assert first["weights"] == second["weights"]
+        assert first["trials"] == second["trials"]
