@@ -141,8 +141,9 @@ class BatchObjective:
         """Run one micro-batch's forward pass and remember it.
 
         Several calls before one `optimizer.step()` are the micro-batches of one accumulated update:
-        the objective is the sum of their losses. What an update that was abandoned left behind (an
-        overflow under fp16, an exception) is dropped when no parameter has a gradient any more.
+        the objective is the sum of their losses. What an abandoned update left behind (a gradient
+        scaler skipped the step on overflow) is dropped, and counted as a skipped step, when no
+        parameter has a gradient any more.
 
         Args:
             loss_fn: Returns the scalar loss of `inputs`, as it is differentiated. It is called
@@ -156,6 +157,7 @@ class BatchObjective:
         """
         if self._losses and not self._has_gradients():
             self.clear()
+            self._optimizer.note_skipped_step()
         micro_batch = None
         if self._optimizer.search_due:
             if not self._losses:

@@ -199,6 +199,14 @@ class LineSearchOptimizer(Optimizer):
         """Let `step()` without a closure take loss and re-evaluation from `objective`."""
         self._objective = objective
 
+    def note_skipped_step(self) -> None:
+        """Count a step that somebody else skipped, as a gradient scaler does on overflow.
+
+        Raises:
+            FloatingPointError: It was the 20th in a row.
+        """
+        self._write_search_state(self._skip(self._search_state()))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Moments keep the precision in which they were saved.
 

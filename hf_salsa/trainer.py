@@ -42,7 +42,7 @@ else:
 class StepSizeReadout(LRScheduler):
     """A scheduler that only reads: its learning rate is the step size last applied."""
 
-    def __init__(self, optimizer: LineSearchOptimizer) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
         for group in optimizer.param_groups:
             # Keys that come and go break checkpoints of sharded models.
@@ -163,8 +163,9 @@ class SaLSaTrainerMixin(_Base):
             num_training_steps: Updates of the whole run.
             optimizer: Whose rate is scheduled, the trainer's own by default.
         """
-        line_search = unwrap_optimizer(optimizer or self.optimizer)
-        if line_search is None:
+        scheduled = optimizer or self.optimizer
+        line_search = unwrap_optimizer(scheduled)
+        if scheduled is None or line_search is None:
             self._objective = None
             return super().create_scheduler(num_training_steps, optimizer)
         ignored = ignored_settings(self.args)
@@ -176,7 +177,7 @@ class SaLSaTrainerMixin(_Base):
                 f"{', '.join(ignored)}.",
                 stacklevel=2,
             )
-        readout = StepSizeReadout(line_search)
+        readout = StepSizeReadout(scheduled)  # the wrapper: Accelerate swaps the inner step()
         self.lr_scheduler = readout
         # A new training run: nothing recorded in an earlier one may be left.
         self._objective = BatchObjective(self.model, line_search)

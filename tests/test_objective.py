@@ -156,6 +156,7 @@ def test_an_abandoned_update_is_dropped(model):
     optimizer.zero_grad()  # the step was skipped
     loss = objective.record(model, torch.randn(5, 6))
     assert torch.equal(objective.loss, loss.detach())
+    assert optimizer.counters.skipped_steps == 1
     loss.backward()
     second = objective.record(model, torch.randn(5, 6))
     assert torch.equal(objective.loss, loss.detach() + second.detach())

@@ -433,6 +433,54 @@ def test_readout_only_reads():
         assert readout.get_last_lr() == [optimizer.step_size]
 
 
+class Scaled(SaLSaTrainer):
+    """Training with a gradient scaler, as fp16 has it, without a device that has fp16."""
+
+    init_scale = 2.0**10
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=self.init_scale, growth_interval=1000
+        )
+
+
+def test_a_gradient_scaler_is_seen_through(arguments, bert, sentences):
+    """The search sees unscaled gradients: the trajectory is that without a scaler (13)."""
+    models = []
+    for cls in (SaLSaTrainer, Scaled):
+        model = bert()
+        cls(model, arguments(), train_dataset=sentences).train()
+        models.append(model)
+    assert_same_weights(*models)  # scaling by a power of two is exact
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing(arguments, bert, sentences):
+    seen = []
+
+    class Collect(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            inner = unwrap_optimizer(optimizer)
+            group = {k: v for k, v in inner.param_groups[0].items() if k != "params"}
+            seen.append((optimizer.step_was_skipped, weights(model), group))
+
+    model = bert()
+    model.classifier.weight.register_hook(
+        lambda grad: grad * torch.inf if len(seen) in (3, 4) else grad
+    )
+    trainer = Scaled(model, arguments(max_steps=8), train_dataset=sentences, callbacks=[Collect()])
+    trainer.train()
+    assert [skipped for skipped, _, _ in seen] == [False] * 3 + [True] * 2 + [False] * 3
+    _, values, group = seen[2]
+    for _, skipped_values, skipped_group in seen[3:5]:
+        assert all(torch.equal(value, values[name]) for name, value in skipped_values.items())
+        counted = {"skipped_steps", "consecutive_skips"}
+        assert all(skipped_group[key] == group[key] for key in set(group) - counted)
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    assert optimizer.counters.skipped_steps == 2
+    assert optimizer.counters.searches == 6
+
+
 # --- Checkpoints (15)
 
 
