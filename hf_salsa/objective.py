@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import GradientState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import LineSearchOptimizer
@@ -109,6 +111,7 @@ class BatchObjective:
         self._buffers: dict[str, Tensor] = {}
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
+        self._update_complete = True
         line_search.attach(self)
 
     @property
@@ -143,7 +146,7 @@ class BatchObjective:
         Several calls before one `optimizer.step()` are the micro-batches of one accumulated update:
         the objective is the sum of their losses. What an abandoned update left behind (a gradient
         scaler skipped the step on overflow) is dropped, and counted as a skipped step, when no
-        parameter has a gradient any more.
+        parameter has a gradient any more. With FSDP2, accumulate through Accelerate or Trainer.
 
         Args:
             loss_fn: Returns the scalar loss of `inputs`, as it is differentiated. It is called
@@ -155,9 +158,12 @@ class BatchObjective:
         Returns:
             The loss, ready for `backward()`.
         """
-        if self._losses and not self._has_gradients():
+        if self._losses and self._update_complete and not self._has_gradients():
             self.clear()
             self._optimizer.note_skipped_step()
+        # FSDP2 holds the gradients of an unfinished update where `.grad` does not show them;
+        # Accelerate knows. Without Accelerate this is always True.
+        self._update_complete = GradientState().sync_gradients
         micro_batch = None
         if self._optimizer.search_due:
             if not self._losses:
@@ -209,7 +215,11 @@ class BatchObjective:
             losses = []
             for micro_batch in self._micro_batches:
                 micro_batch.random_state.restore()
+                # FSDP2 keeps gathered weights after a forward pass: they are those of the last
+                # trial by now, and the next pass, of training too, would read them.
+                self._reshard()
                 losses.append(self._scaled(micro_batch.loss_fn(*_shallow_copy(micro_batch.inputs))))
+                self._reshard()
             return _total(losses)
 
     @contextmanager
@@ -237,6 +247,11 @@ class BatchObjective:
             for group in self._optimizer.param_groups
             for param in group["params"]
         )
+
+    def _reshard(self) -> None:
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss.detach() / self._divisor if self._divisor > 1 else loss.detach()

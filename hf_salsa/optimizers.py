@@ -7,12 +7,14 @@ Kenneweg et al., "No learning rates needed: Introducing SALSA" (IJCNN 2024).
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
@@ -97,6 +99,7 @@ class _Chunk:
 
     group: dict[str, Any]
     step: int
+    owners: list[Tensor] = field(default_factory=list)  # the parameters the pieces are cut from
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     backups: list[Tensor] = field(default_factory=list)
@@ -432,8 +435,8 @@ class LineSearchOptimizer(Optimizer):
     @staticmethod
     def _norm(params: list[Tensor]) -> Tensor:
         """Return a norm of all gradients: finite if and only if all of them are."""
-        norms: Sequence[Tensor] = torch._foreach_norm([_real(p.grad) for p in params])
-        return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
+        norms = list(torch._foreach_norm([_local(p.grad) for p in params]))
+        return _sum_over_shards(norms, params)
 
     @staticmethod
     def _finite(norm: Tensor | float, loss: Tensor | float | None) -> bool:
@@ -464,10 +467,11 @@ class LineSearchOptimizer(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            reals = [_real(p) for p in params]
-            grads = [_real(p.grad) for p in params]
+            reals = [_local(p) for p in params]
+            grads = [_local(p.grad) for p in params]
             states = {
-                name: [_real(self.state[p][name]) for p in params] for name in self.state[params[0]]
+                name: [_local(self.state[p][name]) for p in params]
+                for name in self.state[params[0]]
             }
             # Low-precision weights take their step in float32, where their moments are.
             weights = [p.float() if p.dtype in _LOW_PRECISION else p for p in reals]
@@ -494,12 +498,13 @@ class LineSearchOptimizer(Optimizer):
                     self._backup[param] = torch.empty_like(param)
                 moments = {n: t for n, t in self.state[param].items() if n != "step"}
                 columns = [param, param.grad, self._backup[param], *moments.values()]
-                for weight, grad, backup, *states in _pieces(list(map(_real, columns)), limit):
+                for weight, grad, backup, *states in _pieces(list(map(_local, columns)), limit):
                     full = size >= limit or step != chunk.step
                     if chunk.params and (full or weight.dtype != chunk.params[0].dtype):
                         yield chunk
                         chunk, size = _Chunk(group, step), 0
                     chunk.step = step
+                    chunk.owners.append(param)
                     chunk.params.append(weight)
                     chunk.grads.append(grad)
                     chunk.backups.append(backup)
@@ -520,8 +525,7 @@ class LineSearchOptimizer(Optimizer):
             for chunk in chunks
             for g, d in zip(chunk.grads, self._direction(chunk), strict=True)
         ]
-        device = products[0].device
-        return float(torch.stack([product.to(device).double() for product in products]).sum())
+        return float(_sum_over_shards(products, [p for chunk in chunks for p in chunk.owners]))
 
     @staticmethod
     def _write_backup(chunks: list[_Chunk]) -> None:
@@ -546,10 +550,37 @@ class LineSearchOptimizer(Optimizer):
                 torch._foreach_add_(chunk.params, direction, alpha=-step_size)
 
 
-def _real(tensor: Tensor | None) -> Tensor:
-    """View a complex tensor as its real and imaginary parts, as torch.optim.AdamW does."""
+def _local(tensor: Tensor | None) -> Tensor:
+    """View what this process holds of a tensor, complex numbers as pairs of reals.
+
+    The view shares memory with the tensor. Complex parameters are treated as torch.optim.AdamW
+    does.
+    """
     assert tensor is not None  # for the type checker: callers filter on `.grad`
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
+    """Add up one scalar per parameter, over the processes too where parameters are sharded.
+
+    One small all-reduce per device mesh; none without sharded parameters.
+    """
+    device = values[0].device
+    sums: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
+    for value, param in zip(values, params, strict=True):
+        layout = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
+        sums.setdefault(layout, []).append(value.to(device, torch.float64))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for layout, parts in sums.items():
+        part = torch.stack(parts).sum()
+        if layout is not None:
+            mesh, placements = layout
+            partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
+            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
+        total = total + part
+    return total
 
 
 def _pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:

@@ -4,6 +4,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from .model_card import write_model_card
 from .objective import BatchObjective, unwrap_optimizer
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
 from .training_args import (
@@ -67,7 +69,7 @@ class SaLSaTrainerMixin(_Base):
 
     Raises:
         ValueError: At construction, with a line search: an empty `train_dataset`, or a set-up in
-            which the loss is not re-evaluated rightly (DeepSpeed, FSDP, `nn.DataParallel`,
+            which the loss is not re-evaluated rightly (DeepSpeed, FSDP 1, `nn.DataParallel`,
             context, sequence or tensor parallelism, trainers that generate their own data).
     """
 
@@ -112,11 +114,12 @@ class SaLSaTrainerMixin(_Base):
             (
                 self.is_deepspeed_enabled,
                 "DeepSpeed: its engine steps inside backward, where the loss cannot be "
-                "re-evaluated. Use DDP (torchrun) instead",
+                "re-evaluated. Use FSDP2 or DDP (torchrun) instead",
             ),
             (
-                self.is_fsdp_enabled,
-                "FSDP: its trials would read stale shards. Use DDP (torchrun) instead",
+                self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2,
+                "FSDP version 1: it hides the parameters from the optimizer. Use FSDP2 "
+                "(fsdp_config version 2) instead",
             ),
             (
                 self.args.n_gpu > 1,
@@ -297,6 +300,57 @@ class SaLSaTrainerMixin(_Base):
         elif line_search is not None and "train_runtime" in logs:
             logs.update(self._search_report(line_search))
         super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card: with a line search one that says what was searched, and its plot.
+
+        Args:
+            language: As in `Trainer.create_model_card`, like all others.
+            license: License of the model.
+            tags: Tags of the model.
+            model_name: Title of the card.
+            finetuned_from: The base model.
+            tasks: Task identifiers.
+            dataset_tags: Identifiers of the data sets on the hub.
+            dataset: Names of the data sets.
+            dataset_args: Arguments of the data sets.
+        """
+        settings: dict[str, Any] = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "model_name": model_name,
+            "finetuned_from": finetuned_from,
+            "tasks": tasks,
+            "dataset_tags": dataset_tags,
+            "dataset": dataset,
+            "dataset_args": dataset_args,
+        }
+        line_search = unwrap_optimizer(self.optimizer)
+        if line_search is None:
+            super().create_model_card(**settings)
+        elif self.is_world_process_zero():
+            write_model_card(
+                Path(str(self.args.output_dir)),
+                state=self.state,
+                arguments=self.args,
+                optimizer=line_search,
+                model=self.accelerator.unwrap_model(self.model),
+                processing_class=self.processing_class,
+                data=self.train_dataset if self.eval_dataset is None else self.eval_dataset,
+                **settings,
+            )
 
     def _search_report(self, line_search: LineSearchOptimizer) -> dict[str, float]:
         """Return what the searches of the whole run cost and found."""

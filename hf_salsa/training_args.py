@@ -108,7 +108,7 @@ class SaLSaArgumentsMixin:
             raise ValueError(
                 f"deepspeed={arguments.deepspeed!r} is not allowed with optim={name!r}: "
                 "DeepSpeed's engine steps inside backward, where the loss cannot be re-evaluated. "
-                "Use DDP (torchrun) instead, or a stock optimizer."
+                "Use FSDP2 (fsdp=True) or DDP (torchrun) instead, or a stock optimizer."
             )
         if arguments.optim_args:
             raise ValueError(

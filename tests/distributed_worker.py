@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -52,6 +54,15 @@ def make_data(kind: str) -> list[dict]:
 
 
 def run(configuration: dict, folder: Path) -> dict:
+    """Train; with "resume" a second time, from the checkpoint of that step of the first run."""
+    result = train(configuration, folder)
+    if "resume" in configuration:
+        checkpoint = str(folder / f"checkpoint-{configuration['resume']}")
+        result["resumed"] = train(configuration, folder, checkpoint)
+    return result
+
+
+def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> dict:
     args = SaLSaTrainingArguments(
         str(folder),
         optim=configuration.get("optim", "salsa_adam"),
@@ -61,15 +72,21 @@ def run(configuration: dict, folder: Path) -> dict:
         logging_steps=1,
         use_cpu=True,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps" if "resume" in configuration else "no",
+        save_steps=configuration.get("resume", 500),
         disable_tqdm=True,
         log_level="error",
+        **configuration.get("arguments", {}),
     )
+    if configuration.get("arguments", {}).get("fsdp"):
+        # Accelerate shards on accelerators only and would fall back to DDP here without a word.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     model = make_model(configuration["model"], configuration["dropout"])
     trainer = SaLSaTrainer(model, args, train_dataset=make_data(configuration["model"]))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     optimizer = unwrap_optimizer(trainer.optimizer)
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "world_size": args.world_size,
@@ -80,6 +97,7 @@ def run(configuration: dict, folder: Path) -> dict:
         "sum": flat.double().sum().item(),
         "norm": flat.double().norm().item(),
         "rank": args.process_index,
+        "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
     }
 
 

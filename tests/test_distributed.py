@@ -45,6 +45,32 @@ def configurations(processes):
     ]
 
 
+def sharded(model, accumulation, state_dict_type):
+    block = {"bert": "BertLayer", "gpt2": "GPT2Block"}[model]
+    settings = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": [block],
+        "state_dict_type": state_dict_type,
+    }
+    return {
+        "model": model,
+        "batch": 4 // accumulation,
+        "accumulation": accumulation,
+        "dropout": 0.0,
+        "steps": 10,
+        "resume": 5,
+        "arguments": {"fsdp": True, "fsdp_config": settings},
+    }
+
+
+SHARDED = [
+    sharded("bert", 1, "FULL_STATE_DICT"),
+    sharded("bert", 2, "SHARDED_STATE_DICT"),
+    sharded("gpt2", 2, "FULL_STATE_DICT"),
+    sharded("gpt2", 1, "SHARDED_STATE_DICT"),
+]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All configurations in one process and in two, started once."""
@@ -53,7 +79,7 @@ def runs(tmp_path_factory):
         for model in ("bert", "gpt2")
     ]
     one = launch(tmp_path_factory.mktemp("one"), 1, configurations(1))
-    two = launch(tmp_path_factory.mktemp("two"), 2, configurations(2) + with_dropout)
+    two = launch(tmp_path_factory.mktemp("two"), 2, configurations(2) + with_dropout + SHARDED)
     assert {result["world_size"] for rank in one for result in rank} == {1}
     assert {result["world_size"] for rank in two for result in rank} == {2}
     return one[0], two
@@ -83,3 +109,30 @@ def test_ranks_hold_the_same_weights(runs):
     for first, second in zip(*two, strict=True):
         assert first["weights"] == second["weights"]
         assert first["trials"] == second["trials"]
+
+
+@pytest.mark.distributed
+def test_fsdp2_gives_the_trajectory_of_one_process(runs):
+    one, two = runs
+    results = two[0][-len(SHARDED) :]
+    for configuration, result in zip(SHARDED, results, strict=True):
+        wanted = {"model": configuration["model"], "optim": "salsa_adam", "batch": 8}
+        (expected,) = (
+            single
+            for candidate, single in zip(configurations(1), one, strict=True)
+            if wanted.items() <= candidate.items()
+        )
+        assert result["sharded"]
+        assert not expected["sharded"]
+        assert result["step_sizes"] == pytest.approx(expected["step_sizes"], rel=1e-3)
+        assert result["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_fsdp2_resumes_bit_for_bit(runs):
+    """From full and from sharded state dictionaries."""
+    _, two = runs
+    for result in two[0][-len(SHARDED) :]:
+        assert result["resumed"]["weights"] == result["weights"]
+        assert result["resumed"]["step_sizes"] == result["step_sizes"]
+        assert result["resumed"]["trials"] == result["trials"]

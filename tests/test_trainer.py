@@ -5,6 +5,7 @@ import json
 import math
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -780,7 +781,7 @@ def test_online_trainers_are_refused_by_name(arguments, bert, sentences):
 
 @pytest.mark.parametrize(
     ("attribute", "reason"),
-    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")],
+    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP version 1")],
 )
 def test_set_ups_that_come_out_wrong_are_refused(arguments, bert, sentences, attribute, reason):
     class Launched(Trainer):
@@ -789,11 +790,12 @@ def test_set_ups_that_come_out_wrong_are_refused(arguments, bert, sentences, att
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             setattr(self, attribute, True)
+            self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
 
     class SaLSaLaunched(SaLSaTrainerMixin, Launched):
         pass
 
-    with pytest.raises(ValueError, match=f"does not work with {reason}.*torchrun"):
+    with pytest.raises(ValueError, match=f"does not work with {reason}.*FSDP2"):
         SaLSaLaunched(bert(), arguments(save_strategy="no"), train_dataset=sentences)
 
 
