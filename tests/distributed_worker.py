@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
@@ -25,8 +26,35 @@ from hf_salsa.objective import unwrap_optimizer
 torch.set_num_threads(1)
 
 
+class WithBatchNorm(nn.Module):
+    """Keeps running statistics, and has a parameter that no forward pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+        self.unused = nn.Parameter(torch.zeros(3))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict:
+        logits = self.layers(input_ids.float() / 64)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def count_all_reduces() -> list[int]:
+    """Let every all-reduce that Python asks for from now on count in the one entry returned."""
+    calls, all_reduce = [0], torch.distributed.all_reduce
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    return calls
+
+
 def make_model(kind: str, dropout: float) -> torch.nn.Module:
     set_seed(0)
+    if kind == "batchnorm":
+        return WithBatchNorm()
     if kind == "bert":
         return BertForSequenceClassification(
             BertConfig(
@@ -45,7 +73,9 @@ def make_model(kind: str, dropout: float) -> torch.nn.Module:
 
 def make_data(kind: str) -> list[dict]:
     tokens = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(1))
-    if kind == "bert":
+    if kind == "batchnorm":
+        tokens = tokens[:61]  # the last batch is not full
+    if kind in ("bert", "batchnorm"):
         return [{"input_ids": row, "labels": int(row[0] < 32)} for row in tokens]
     examples = [{"input_ids": row, "labels": row.clone()} for row in tokens]
     for i, example in enumerate(examples):
@@ -83,17 +113,22 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         PartialState().distributed_type = DistributedType.MULTI_GPU
     model = make_model(configuration["model"], configuration["dropout"])
     trainer = SaLSaTrainer(model, args, train_dataset=make_data(configuration["model"]))
+    all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
     optimizer = unwrap_optimizer(trainer.optimizer)
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in parameters])
+    buffers = [b.double().flatten() for b in model.buffers()]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "world_size": args.world_size,
         "step_sizes": [entry["learning_rate"] for entry in history],
         "losses": [entry["loss"] for entry in history],
+        "searches": optimizer.counters.searches,
         "trials": optimizer.counters.trials,
+        "all_reduces": all_reduces[0],
         "weights": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
+        "buffers": torch.cat(buffers).tolist() if buffers else [],
         "sum": flat.double().sum().item(),
         "norm": flat.double().norm().item(),
         "rank": args.process_index,

@@ -71,6 +71,27 @@ SHARDED = [
 ]
 
 
+# Every search accepts its first trial, and the step size never grows: whether a step searches
+# makes no difference to what is trained.
+AT_REST = [
+    {
+        "model": "batchnorm",
+        "batch": 4,
+        "accumulation": 1,
+        "dropout": 0.0,
+        "steps": 200,
+        "arguments": {
+            "salsa_c": 1e-9,
+            "salsa_initial_step_size": 1e-4,
+            "salsa_steps_to_double": 1e300,
+            "salsa_max_search_interval": interval,
+            "ddp_find_unused_parameters": True,
+        },
+    }
+    for interval in (1, 10)
+]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All configurations in one process and in two, started once."""
@@ -79,7 +100,8 @@ def runs(tmp_path_factory):
         for model in ("bert", "gpt2")
     ]
     one = launch(tmp_path_factory.mktemp("one"), 1, configurations(1))
-    two = launch(tmp_path_factory.mktemp("two"), 2, configurations(2) + with_dropout + SHARDED)
+    configured = configurations(2) + with_dropout + AT_REST + SHARDED
+    two = launch(tmp_path_factory.mktemp("two"), 2, configured)
     assert {result["world_size"] for rank in one for result in rank} == {1}
     assert {result["world_size"] for rank in two for result in rank} == {2}
     return one[0], two
@@ -109,6 +131,27 @@ def test_ranks_hold_the_same_weights(runs):
     for first, second in zip(*two, strict=True):
         assert first["weights"] == second["weights"]
         assert first["trials"] == second["trials"]
+
+
+@pytest.mark.distributed
+def test_searches_leave_the_buffers_of_ddp_alone(runs):
+    """BatchNorm, uneven last batches and unused parameters: searching or not, all is the same."""
+    _, two = runs
+    start = len(configurations(2)) + 2
+    for rank in two:
+        always, seldom = rank[start : start + 2]
+        assert (always["searches"], seldom["searches"] < 150) == (200, True)
+        assert always["buffers"] == seldom["buffers"] != []
+        assert always["weights"] == seldom["weights"]
+
+
+@pytest.mark.distributed
+def test_one_all_reduce_per_evaluation_and_none_without_a_search(runs):
+    """Each search averages f(w_k) and every trial loss; DDP itself reduces outside of Python."""
+    _, two = runs
+    for rank in two:
+        for result in rank[: -len(SHARDED)]:
+            assert result["all_reduces"] == result["searches"] + result["trials"]
 
 
 @pytest.mark.distributed

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     EarlyStoppingCallback,
@@ -694,6 +695,22 @@ def test_torch_compile(arguments, gpt2, texts):
     metrics = trainer.train().metrics
     assert metrics["salsa/searches"] == 3
     assert not unwrap_optimizer(trainer.optimizer).param_groups[0]["reevaluate_loss"]
+
+
+def test_torch_compile_adds_one_graph_for_the_trials(arguments, gpt2, texts):
+    """The forward pass without gradients is compiled once, however many trials there are."""
+    graphs = {}
+    for optim, steps in (("adamw_torch", 4), ("salsa_adam", 1), ("salsa_adam", 4)):
+        torch._dynamo.reset()
+        counters.clear()
+        args = arguments(
+            optim=optim, torch_compile=True, torch_compile_backend="aot_eager", max_steps=steps
+        )
+        trainer = SaLSaTrainer(gpt2(dropout=0.0), args, train_dataset=texts)
+        trials = trainer.train().metrics.get("salsa/trials")
+        graphs[optim, steps] = counters["stats"]["unique_graphs"]
+    assert trials > 4
+    assert graphs["salsa_adam", 1] == graphs["salsa_adam", 4] == 2 * graphs["adamw_torch", 4]
 
 
 def test_seq2seq(arguments):
