@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 Outcome = Literal["accepted", "slope", "unresolved", "trials"]
 
+
+def _is_number(value: Any) -> bool:
+    # bool is an int to Python, but `c=True` is a mistake.
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 # Argument -> (what is allowed, in words; the same as a test).
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "c": ("a number strictly between 0 and 1 (0.3 to 0.5 works well)", lambda x: 0 < x < 1),
@@ -26,7 +32,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "direction": ("'gradient' or 'momentum'", lambda x: x in ("gradient", "momentum")),
     "betas": (
         "two numbers in [0, 1)",
-        lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+        lambda x: len(x) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in x),
     ),
     "eps": ("a finite number above 0", lambda x: 0 < x < math.inf),
     "momentum": ("a number in [0, 1)", lambda x: 0 <= x < 1),
@@ -51,7 +57,6 @@ def check_setting(name: str, value: Any, argument: str | None = None) -> None:
     """
     allowed, test = _ALLOWED[name]
     expected = _TYPES.get(name, (int, float))
-    # bool is an int to Python, but `c=True` is a mistake.
     right_type = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
     if not right_type or not test(value):
         raise ValueError(f"{argument or name}={value!r} is not allowed: it must be {allowed}.")
@@ -161,8 +166,7 @@ def search_interval(average_fast: float, average_slow: float, max_search_interva
     r = etabar(0.9) / etabar(0.99) shows how much the step size moves; rbar = max(r, 1/r);
     L_k is the nearest integer of 1 / (rbar - 1), clamped to [1, max_search_interval].
     """
-    r = average_fast / average_slow  # Eq. 9
-    movement = max(r, 1 / r) - 1  # rbar - 1, Eq. 10
+    movement = max(average_fast / average_slow, average_slow / average_fast) - 1  # Eq. 9, 10
     if movement * max_search_interval <= 1:  # no division by zero for a step size at rest
         return max_search_interval
     return min(max(1, math.floor(1 / movement + 0.5)), max_search_interval)  # Eq. 11
@@ -213,7 +217,8 @@ def search(
         The record of the search, and the state with averages, interval and counters moved on
         (`trials` is left to whoever counts the evaluations).
     """
-    growth = 2 ** ((state.steps_since_search + 1) / settings.steps_to_double)
+    doublings = (state.steps_since_search + 1) / settings.steps_to_double
+    growth = 2 ** min(doublings, sys.float_info.max_exp - 1)
     first = min(state.step_size * growth, sys.float_info.max)
     losses: dict[int, float] = {}
 
@@ -232,7 +237,8 @@ def search(
         outcome = "unresolved"
     else:
         smallest = max(resolution / slope, sys.float_info.min)
-        last = math.floor(math.log(smallest / first) / math.log(settings.backtrack_factor))
+        shrinkage = math.log(smallest) - math.log(first)  # the quotient itself may underflow
+        last = max(0, math.floor(shrinkage / math.log(settings.backtrack_factor)))
         best, outcome = _largest_accepted(accepts, last, settings.max_trials)
 
     searched = replace(
