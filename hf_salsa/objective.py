@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import LineSearchOptimizer
@@ -227,9 +228,16 @@ class BatchObjective:
         """Leave random streams and buffers as they are now, whatever runs inside."""
         random_state = self._random_state()
         buffers = self._copy_buffers()
+        # After a forward pass without gradients DDP would not broadcast buffers for the next one.
+        wrappers = [m for m in self._model.modules() if isinstance(m, DistributedDataParallel)]
+        broadcasts = [wrapper.require_forward_param_sync for wrapper in wrappers]
         try:
+            for wrapper in wrappers:
+                wrapper.require_forward_param_sync = False
             yield
         finally:
+            for wrapper, broadcast in zip(wrappers, broadcasts, strict=True):
+                wrapper.require_forward_param_sync = broadcast
             self._write_buffers(buffers)
             random_state.restore()
 

@@ -1,5 +1,6 @@
 """SaLSaTrainer: HuggingFace Trainer whose optimizer may evaluate the mini-batch again."""
 
+import copy
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
 
 from .model_card import write_model_card
 from .objective import BatchObjective, unwrap_optimizer
@@ -33,6 +35,10 @@ _ONLINE_TRAINERS = {
     "RLOOTrainer",
     "XPOTrainer",
 }
+# The names under which Trainer takes parameters from the optimizer's arguments.
+_PARAMETER_OPTIONS = {"params", "model", "optimizer_dict"}
+# Where the trainers of TRL and sentence-transformers add up metrics while they compute a loss.
+_METRICS = ("_metrics", "_total_train_tokens", "accum_loss_components")
 
 
 if TYPE_CHECKING:
@@ -142,9 +148,8 @@ class SaLSaTrainerMixin(_Base):
             if applies:
                 raise ValueError(f"{name} does not work with {reason}; or use a stock optimizer.")
 
-    @classmethod
-    def get_optimizer_cls_and_kwargs(
-        cls, args: TrainingArguments, model: PreTrainedModel | None = None
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # as sentence-transformers does
+        self, args: TrainingArguments, model: PreTrainedModel | None = None
     ) -> tuple[Any, Any]:
         """Return the optimizer class and its arguments, as `args` ask for them.
 
@@ -155,7 +160,12 @@ class SaLSaTrainerMixin(_Base):
         name = line_search_name(args)
         if name is None:
             return super().get_optimizer_cls_and_kwargs(args, model)
-        return OPTIMIZERS[name], optimizer_arguments(args)
+        stock_args = copy.copy(args)
+        stock_args.optim = OptimizerNames.ADAMW_TORCH
+        _, options = super().get_optimizer_cls_and_kwargs(stock_args, model)
+        # Which parameters to train, if not all of the model: sentence-transformers adds its loss's.
+        params = {key: options[key] for key in _PARAMETER_OPTIONS & options.keys()}
+        return OPTIMIZERS[name], optimizer_arguments(args) | params
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -222,17 +232,21 @@ class SaLSaTrainerMixin(_Base):
             return super().training_step(model, inputs, num_items_in_batch)
         if isinstance(model, DistributedDataParallel):
             model = model.module  # the wrapper's forward prepares a backward that never comes
-        with self._without_backward():
+        with self._evaluating():
             return super().training_step(model, inputs, num_items_in_batch)
 
     @contextmanager
-    def _without_backward(self) -> Iterator[None]:
+    def _evaluating(self) -> Iterator[None]:
+        """Run a training step that differentiates nothing and counts in no metric."""
         backward = self.accelerator.backward
+        metrics = {name: value for name, value in vars(self).items() if name in _METRICS}
         self.accelerator.backward = lambda loss, **kwargs: None
+        vars(self).update(copy.deepcopy(metrics))
         try:
             yield
         finally:
             self.accelerator.backward = backward
+            vars(self).update(metrics)
 
     def _check_loss_scaling(
         self,
@@ -339,7 +353,8 @@ class SaLSaTrainerMixin(_Base):
         }
         line_search = unwrap_optimizer(self.optimizer)
         if line_search is None:
-            super().create_model_card(**settings)
+            # Only what was given: TRL's own takes few of these.
+            super().create_model_card(**{k: v for k, v in settings.items() if v is not None})
         elif self.is_world_process_zero():
             write_model_card(
                 Path(str(self.args.output_dir)),

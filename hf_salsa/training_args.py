@@ -186,12 +186,13 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def ignored_settings(args: TrainingArguments) -> list[str]:
     """Return `name=value` of what was set though a line search has no use for it."""
+    defaults = {entry.name: entry.default for entry in fields(args)}  # TRL's are not transformers'
     names = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
     values = {name: getattr(args, name) for name in names}
     return [
         f"{name}={getattr(value, 'value', value)}"
         for name, value in values.items()
-        if value != _stock_default(name)
+        if value != defaults[name]
     ]
 
 

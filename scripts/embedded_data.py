@@ -5,7 +5,8 @@ reference. This module keeps its prose and drops titles, code, doctests, tables 
 that language modelling and sentence classification have real English at hand without any download.
 
 The wording changes a little from one Python version to the next, and a measured loss or accuracy
-with it: 256,000 characters and 1,850 distinct sentences on Python 3.11, a few per cent more on 3.13.
+with it: 256,000 characters and 1,850 distinct sentences on Python 3.11, a few per cent more on
+3.13.
 """
 
 import random
@@ -67,15 +68,14 @@ def _paragraphs(topic: str) -> list[str]:
             continue
         # Items of a list stand on successive lines without a blank one between them.
         for item in re.split(r"\n(?=\s*(?:\*|\d+\.)\s)", block):
-            text = _WRAPPED_HYPHEN.sub(
-                "-", item
-            )  # "left-" at the end of a line, "hand" on the next
+            # "left-" at the end of a line, "hand" on the next
+            text = _WRAPPED_HYPHEN.sub("-", item)
             text = _LIST_MARK.sub("", " ".join(text.split()))
             text = _EMPHASIS.sub(r"\2", text)
             text = _FOOTNOTE_MARK.sub("", text).translate(_MARKUP)
             text = _ADMONITION.sub("", text)
             if text.endswith((".", ":", "?", "!", ")")) and _is_prose(text):
-                result.append(text)
+                result.append(" ".join(text.split()))  # markup may leave two blanks behind
     return result
 
 

@@ -513,7 +513,7 @@ def load_model_and_tokenizer(
     """Return a pretrained model with a new head for the labels of `data`, and its tokenizer.
 
     Raises:
-        OSError, ValueError: There is no such model.
+        UsageError: There is no such model.
     """
     label = data["train"].features["label"]
     if is_regression(data):
@@ -525,13 +525,16 @@ def load_model_and_tokenizer(
             "label2id": {name: i for i, name in enumerate(label.names)},
             "problem_type": "single_label_classification",
         }
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path,
-        config=AutoConfig.from_pretrained(name_or_path, **head),
-        ignore_mismatched_sizes=True,  # a model fine-tuned on other labels gets a new head
-        dtype=torch.float32,  # in half precision small steps round away; --bf16 is autocast
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=AutoConfig.from_pretrained(name_or_path, **head),
+            ignore_mismatched_sizes=True,  # a model fine-tuned on other labels gets a new head
+            dtype=torch.float32,  # in half precision small steps round away; --bf16 is autocast
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {name_or_path} did not load: {error}") from error
     if tokenizer.pad_token is None:  # GPT-2 and its kind
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -548,9 +551,19 @@ def make_model_and_tokenizer(
         data: What `load_embedded_data` returns.
         vocab_size: The number of word pieces.
     """
+    texts = data["train"]["sentence1"]
+    # The trainer would number the pieces that continue a word in the random order of a hash map,
+    # and break ties by number: each process would get another vocabulary.
+    characters = {character for text in texts for character in text.lower() if character.isalnum()}
     word_pieces = BertWordPieceTokenizer()
     word_pieces.train_from_iterator(
-        data["train"]["sentence1"], vocab_size=vocab_size, show_progress=False
+        texts,
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[
+            *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+            *(f"##{character}" for character in sorted(characters)),
+        ],
     )
     tokenizer = BertTokenizer(vocab=word_pieces.get_vocab(), model_max_length=128)
     names = data["train"].features["label"].names
@@ -626,7 +639,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model_args, data_args, training_args = parser.parse(argv)
     with parser.user_errors():
-        checkpoint = prepare_output_dir(training_args, data_args.overwrite_output_dir)
         data = load_data(data_args)
     embedded = not data_args.task_name and not data_args.train_file
     model_name = model_args.model_name_or_path or (None if embedded else DEFAULT_MODEL)
@@ -634,8 +646,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model_name is None:
         model, tokenizer = make_model_and_tokenizer(data)
     else:
-        with parser.user_errors(OSError, ValueError):
+        with parser.user_errors():
             model, tokenizer = load_model_and_tokenizer(model_name, data)
+    with parser.user_errors():  # after all else that may be wrong: it deletes an earlier run
+        checkpoint = prepare_output_dir(training_args, data_args.overwrite_output_dir)
     if training_args.process_index == 0:
         if embedded:
             print(EMBEDDED_NOTICE)
