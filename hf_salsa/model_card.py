@@ -233,7 +233,13 @@ def _tasks_of(model: nn.Module) -> list[str]:
 def _library(model: nn.Module, bare_model: nn.Module) -> str | None:
     if bare_model is not model:
         return "peft"
+    if _is_sentence_transformer(bare_model):
+        return "sentence-transformers"
     return "transformers" if isinstance(model, PreTrainedModel) else None
+
+
+def _is_sentence_transformer(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("sentence_transformers.")
 
 
 def _existing_tags(readme: Path) -> list[str]:
@@ -282,6 +288,8 @@ def _loading(
 ) -> str:
     """Return the Python code that loads the model, as its class asks for."""
     name = type(bare_model).__name__
+    if _is_sentence_transformer(bare_model):  # loads its tokenizer itself
+        return f'from sentence_transformers import {name}\n\nmodel = {name}("{path}")'
     module = type(bare_model).__module__
     imports = []
     of_transformers = []

@@ -27,12 +27,22 @@ from .training_args import (
     optimizer_arguments,
 )
 
+# TRL's trainers that generate inside of training_step.
 _ONLINE_TRAINERS = {
+    "A2POTrainer",
+    "AsyncDistillationTrainer",
+    "AsyncGRPOTrainer",
+    "DistillationTrainer",
+    "GKDTrainer",
+    "GOLDTrainer",
     "GRPOTrainer",
+    "IWOPDTrainer",
     "NashMDTrainer",
     "OnlineDPOTrainer",
     "PPOTrainer",
     "RLOOTrainer",
+    "SDFTTrainer",
+    "SDPOTrainer",
     "XPOTrainer",
 }
 # The names under which Trainer takes parameters from the optimizer's arguments.
@@ -326,6 +336,7 @@ class SaLSaTrainerMixin(_Base):
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
         """Write the model card: with a line search one that says what was searched, and its plot.
 
@@ -339,6 +350,7 @@ class SaLSaTrainerMixin(_Base):
             dataset_tags: Identifiers of the data sets on the hub.
             dataset: Names of the data sets.
             dataset_args: Arguments of the data sets.
+            dataset_name: Name of the data set, as TRL's scripts give it.
         """
         settings: dict[str, Any] = {
             "language": language,
@@ -348,11 +360,12 @@ class SaLSaTrainerMixin(_Base):
             "finetuned_from": finetuned_from,
             "tasks": tasks,
             "dataset_tags": dataset_tags,
-            "dataset": dataset,
+            "dataset": dataset or dataset_name,
             "dataset_args": dataset_args,
         }
         line_search = unwrap_optimizer(self.optimizer)
         if line_search is None:
+            settings |= {"dataset": dataset, "dataset_name": dataset_name}
             # Only what was given: TRL's own takes few of these.
             super().create_model_card(**{k: v for k, v in settings.items() if v is not None})
         elif self.is_world_process_zero():

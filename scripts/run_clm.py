@@ -49,6 +49,7 @@ from script_utils import (
     COMMON_DEFAULTS,
     ScriptArgumentParser,
     UsageError,
+    check_processes,
     evaluation_at_start,
     interruptible,
     prepare_output_dir,
@@ -406,6 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     embedded = not data_args.train_file and not data_args.dataset_name
     name = data_args.dataset_name or Path(data_args.train_file or EMBEDDED_NAME).name
     with parser.user_errors():
+        check_processes(training_args.world_size)
         train_text, validation_text = load_texts(data_args)
     set_seed(training_args.seed)
     if model_args.model_name_or_path:

@@ -41,6 +41,7 @@ from script_utils import (
     COMMON_DEFAULTS,
     ScriptArgumentParser,
     UsageError,
+    check_processes,
     evaluation_at_start,
     interruptible,
     prepare_output_dir,
@@ -639,6 +640,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model_args, data_args, training_args = parser.parse(argv)
     with parser.user_errors():
+        check_processes(training_args.world_size)
         data = load_data(data_args)
     embedded = not data_args.task_name and not data_args.train_file
     model_name = model_args.model_name_or_path or (None if embedded else DEFAULT_MODEL)

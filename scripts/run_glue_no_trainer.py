@@ -22,7 +22,6 @@ three lines differ, marked (1) to (3): optimizer, `BatchObjective` instead of a 
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from run_glue import (
     metric_config,
     tokenize,
 )
-from script_utils import ScriptArgumentParser, UsageError, prepare_output_dir
+from script_utils import ScriptArgumentParser, UsageError, check_processes, prepare_output_dir
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
@@ -116,9 +115,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         # The order of the data is a function of seed and epoch, so that a resumed run repeats it.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise UsageError(f"{launched} processes on a machine without a GPU need --use_cpu")
+    check_processes(accelerator.num_processes)
     if args.mixed_precision == "fp16" and accelerator.scaler is None:
         raise UsageError("mixed_precision=fp16 needs a GPU; bf16 works on a CPU as well")
     return accelerator
@@ -211,11 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective = BatchObjective(  # (2)
             model, optimizer, gradient_accumulation_steps=accelerator.gradient_accumulation_steps
         )
-    bare_model = accelerator.unwrap_model(model)
 
     def loss_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # A trial has no gradients: past DDP, whose forward pass prepares a backward pass.
-        return (model if torch.is_grad_enabled() else bare_model)(**batch).loss
+        return model(**batch).loss
 
     output_dir, state = Path(args.output_dir), TrainerState()
     if checkpoint is not None:
@@ -251,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_checkpoint(accelerator, output_dir, state)
 
     if accelerator.is_main_process:
-        bare_model.save_pretrained(output_dir)
+        accelerator.unwrap_model(model).save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
         results = {**state.log_history[-1], "num_processes": accelerator.num_processes}
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -6,6 +6,7 @@ A mistake of the user is one line `script.py: error: ...` and exit status 2, nev
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shutil
 import sys
@@ -119,6 +120,17 @@ def _flags_of_file(path: Path) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def check_processes(world_size: int) -> None:
+    """Refuse a launch whose processes would each train alone, into the same folder.
+
+    Args:
+        world_size: The number of processes that train together.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != world_size:
+        raise UsageError(f"{launched} processes on a machine without a GPU need --use_cpu true")
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

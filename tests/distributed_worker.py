@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa import BatchObjective, SaLSaSGD, SaLSaTrainer, SaLSaTrainingArguments
 from hf_salsa.objective import unwrap_optimizer
 
 torch.set_num_threads(1)
@@ -83,8 +83,38 @@ def make_data(kind: str) -> list[dict]:
     return examples
 
 
+def plain_loop(configuration: dict) -> dict:
+    """Train in a loop without Trainer; the loss may call DDP's wrapper or what it wraps."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    set_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+    model, optimizer = accelerator.prepare(net, SaLSaSGD(net.parameters()))
+    objective = BatchObjective(model, optimizer, gradient_accumulation_steps=2)
+
+    def loss_fn(x: torch.Tensor) -> torch.Tensor:
+        past_wrapper = configuration["trials"] == "bare" and not torch.is_grad_enabled()
+        return ((net if past_wrapper else model)(x) - x.sum(1, keepdim=True)).square().mean()
+
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    for _ in range(20):
+        with accelerator.accumulate(model):
+            loss = objective.record(loss_fn, torch.randn(16, 6, generator=generator))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "world_size": accelerator.num_processes,
+        "rank": accelerator.process_index,
+        "step_size": optimizer.optimizer.step_size,
+        "weights": [p.tolist() for p in net.parameters()],
+        "buffers": [b.tolist() for b in net.buffers()],
+    }
+
+
 def run(configuration: dict, folder: Path) -> dict:
     """Train; with "resume" a second time, from the checkpoint of that step of the first run."""
+    if configuration["model"] == "plain loop":
+        return plain_loop(configuration)
     result = train(configuration, folder)
     if "resume" in configuration:
         checkpoint = str(folder / f"checkpoint-{configuration['resume']}")

@@ -91,6 +91,8 @@ AT_REST = [
     for interval in (1, 10)
 ]
 
+PLAIN_LOOPS = [{"model": "plain loop", "trials": trials} for trials in ("bare", "wrapped")]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -100,7 +102,7 @@ def runs(tmp_path_factory):
         for model in ("bert", "gpt2")
     ]
     one = launch(tmp_path_factory.mktemp("one"), 1, configurations(1))
-    configured = configurations(2) + with_dropout + AT_REST + SHARDED
+    configured = configurations(2) + with_dropout + AT_REST + PLAIN_LOOPS + SHARDED
     two = launch(tmp_path_factory.mktemp("two"), 2, configured)
     assert {result["world_size"] for rank in one for result in rank} == {1}
     assert {result["world_size"] for rank in two for result in rank} == {2}
@@ -130,7 +132,7 @@ def test_ranks_hold_the_same_weights(runs):
     _, two = runs
     for first, second in zip(*two, strict=True):
         assert first["weights"] == second["weights"]
-        assert first["trials"] == second["trials"]
+        assert first.get("trials") == second.get("trials")
 
 
 @pytest.mark.distributed
@@ -146,11 +148,21 @@ def test_searches_leave_the_buffers_of_ddp_alone(runs):
 
 
 @pytest.mark.distributed
+def test_trials_through_the_wrapper_of_ddp(runs):
+    """A forward pass without gradients through it must not stop its broadcasts of buffers."""
+    _, two = runs
+    start = len(configurations(2)) + 4
+    for rank in two:
+        bare, wrapped = rank[start : start + 2]
+        assert bare == wrapped
+
+
+@pytest.mark.distributed
 def test_one_all_reduce_per_evaluation_and_none_without_a_search(runs):
     """Each search averages f(w_k) and every trial loss; DDP itself reduces outside of Python."""
     _, two = runs
     for rank in two:
-        for result in rank[: -len(SHARDED)]:
+        for result in rank[: len(configurations(2)) + 4]:
             assert result["all_reduces"] == result["searches"] + result["trials"]
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import run_clm
 import run_glue
 import run_glue_no_trainer as script
 
@@ -240,11 +241,14 @@ def test_mistakes_are_one_line(run, capsys, flags, message):
     assert message in error
 
 
-def test_launched_processes_that_would_train_apart_are_refused(run, monkeypatch, capsys):
+@pytest.mark.parametrize("main", [run_glue.main, run_clm.main, script.main])
+def test_launched_processes_that_would_train_apart_are_refused(main, monkeypatch, capsys, tmp_path):
     """What torchrun does without --use_cpu where there is no GPU."""
+    forget_accelerate()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        run(use_cpu=False)
+        main(["--output_dir", str(tmp_path)])
     assert "2 processes on a machine without a GPU need --use_cpu" in capsys.readouterr().err
 
 
