@@ -187,6 +187,13 @@ def is_accepted(
     return h >= settings.c * step_size * s
 
 
+def first_step_size(settings: SearchSettings, state: SearchState) -> float:
+    """Return eta_{k-1} * 2^(n/b), the step size that the coming search tries first."""
+    doublings = (state.steps_since_search + 1) / settings.steps_to_double
+    growth = 2 ** min(doublings, sys.float_info.max_exp - 1)
+    return min(state.step_size * growth, sys.float_info.max)
+
+
 def search(
     settings: SearchSettings,
     state: SearchState,
@@ -217,9 +224,7 @@ def search(
         The record of the search, and the state with averages, interval and counters moved on
         (`trials` is left to whoever counts the evaluations).
     """
-    doublings = (state.steps_since_search + 1) / settings.steps_to_double
-    growth = 2 ** min(doublings, sys.float_info.max_exp - 1)
-    first = min(state.step_size * growth, sys.float_info.max)
+    first = first_step_size(settings, state)
     losses: dict[int, float] = {}
 
     def step_size(j: int) -> float:

@@ -13,13 +13,19 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
-from .line_search import SearchRecord, SearchSettings, SearchState, check_setting, search
+from .line_search import (
+    SearchRecord,
+    SearchSettings,
+    SearchState,
+    check_setting,
+    first_step_size,
+    search,
+)
 
 Closure: TypeAlias = Callable[[], Tensor | float]
 
@@ -33,6 +39,7 @@ _STATE = tuple(entry.name for entry in fields(SearchState))
 _SHARED = (*_SETTINGS, *_STATE, "direction", "lr")
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _FAILURES = {
@@ -126,7 +133,12 @@ class LineSearchOptimizer(Optimizer):
         self._objective: Objective | None = None
         self._last_search: SearchRecord | None = None
         self._backup: dict[Tensor, Tensor] = {}
+        self._unread_skips: tuple[Tensor, Tensor] | None = None
         self._warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settled_state()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, a pickle or a checkpoint; what was not stored starts anew."""
@@ -194,9 +206,12 @@ class LineSearchOptimizer(Optimizer):
 
     @property
     def counters(self) -> Counters:
-        """Totals of searches, extra forward passes, failed searches and skipped steps."""
-        group = self.param_groups[0]
-        return Counters(**{total.name: group[total.name] for total in fields(Counters)})
+        """Totals of searches, extra forward passes, failed searches and skipped steps.
+
+        On an accelerator, reading them waits for the latest step.
+        """
+        state = self._settled_state()
+        return Counters(**{total.name: getattr(state, total.name) for total in fields(Counters)})
 
     def attach(self, objective: Objective | None) -> None:
         """Let `step()` without a closure take loss and re-evaluation from `objective`."""
@@ -208,7 +223,12 @@ class LineSearchOptimizer(Optimizer):
         Raises:
             FloatingPointError: It was the 20th in a row.
         """
-        self._write_search_state(self._skip(self._search_state()))
+        self._write_search_state(self._skip(self._settled_state()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, counters included."""
+        self._settled_state()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Moments keep the precision in which they were saved.
@@ -272,7 +292,7 @@ class LineSearchOptimizer(Optimizer):
             # Checkpoint libraries make an optimizer create its state this way.
             for group in self.param_groups:
                 for param in group["params"]:
-                    self._initialise_state(param, group)
+                    self._state_of(param, group)
             return None
         if closure is None:
             raise RuntimeError(
@@ -287,12 +307,11 @@ class LineSearchOptimizer(Optimizer):
                 f"{type(self).__name__}.step() found no gradients. Call loss.backward() before "
                 "step(closure): the closure only returns the loss."
             )
-        for param in params:
-            if param.grad is not None and param.grad.is_sparse:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not support sparse gradients. Make the embedding "
-                    "with sparse=False."
-                )
+        if any(p.grad.is_sparse for p in params if p.grad is not None):
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients. Make the embedding "
+                "with sparse=False."
+            )
         if self.param_groups[0]["lr"] != self.param_groups[0]["step_size"]:
             self._warn_once(
                 "lr",
@@ -302,13 +321,20 @@ class LineSearchOptimizer(Optimizer):
             )
         state = self._search_state()
         norm = objective.gradient_norm if objective else None
-        if not self._finite(self._norm(params) if norm is None else norm, loss):
-            self._write_search_state(self._skip(state))
-            return loss
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._initialise_state(param, group)
+        # Finite if and only if the loss and all gradients are.
+        witness = (self._norm(params) if norm is None else norm) + (0.0 if loss is None else loss)
+        found_inf = None
+        if (
+            state.search_due
+            or not isinstance(witness, Tensor)
+            or witness.device.type in _HOST_DEVICES
+        ):
+            state = self._settled_state()
+            if not math.isfinite(witness):
+                self._write_search_state(self._skip(state))
+                return loss
+        else:
+            found_inf = self._note_finiteness(witness, state)
         if state.search_due:
             before = state
             clip_factor = objective.clip_factor if objective else 1.0
@@ -319,8 +345,10 @@ class LineSearchOptimizer(Optimizer):
         else:
             state = replace(state, steps_since_search=state.steps_since_search + 1)
         # Before any search was accepted no step size is known: only the moments move.
-        self._update(state.step_size if state.step_size_known else 0.0)
-        self._write_search_state(replace(state, consecutive_skips=0))
+        self._update(state.step_size if state.step_size_known else 0.0, found_inf)
+        if found_inf is None:
+            state = replace(state, consecutive_skips=0)
+        self._write_search_state(state)
         return loss
 
     def _search(
@@ -340,7 +368,6 @@ class LineSearchOptimizer(Optimizer):
             return closure()
 
         chunks = list(self._chunks())
-        slope = self._slope(chunks) / float(clip_factor)
         if loss is not None and state.searches == 0:
             replayed = float(evaluate())
             if not self._reproduces(float(loss), replayed, _epsilon(loss, chunks)):
@@ -359,15 +386,19 @@ class LineSearchOptimizer(Optimizer):
         start = float(loss)
         if not math.isfinite(start):
             return loss, replace(self._skip(state), trials=state.trials + calls)
-        self._write_backup(chunks)
+        settings = self._search_settings()
+        first = first_step_size(settings, state)
+        backed_up: list[_Chunk] = []
 
         def loss_at(step_size: float) -> float:
-            self._write_trial(chunks, step_size)
+            if step_size != first:
+                self._write_trial(chunks, step_size)
             return float(evaluate())
 
         try:
+            slope = self._write_first_trial(chunks, first, backed_up) / float(clip_factor)
             record, searched = search(
-                self._search_settings(),
+                settings,
                 state,
                 loss_at,
                 loss=start,
@@ -375,7 +406,7 @@ class LineSearchOptimizer(Optimizer):
                 resolution=_epsilon(loss, chunks) * abs(start),
             )
         finally:
-            self._restore(chunks)
+            self._restore(backed_up)
             torch.clear_autocast_cache()
         self._last_search = record
         if not record.accepted:
@@ -394,12 +425,49 @@ class LineSearchOptimizer(Optimizer):
             self._backup = {}  # the coming steps do not need it
         return loss, replace(searched, trials=state.trials + calls)
 
+    def _note_finiteness(self, witness: Tensor, state: SearchState) -> Tensor:
+        """Return 1 if the step must be skipped, else 0, and count it, without waiting for it.
+
+        torch's fused kernels skip the step when this says so, as they do for a gradient scaler.
+        """
+        if isinstance(witness, DTensor):
+            witness = witness.full_tensor()
+        found_inf = 1.0 - torch.isfinite(witness).float()
+        if self._unread_skips is None:
+            self._unread_skips = (
+                torch.zeros_like(found_inf),
+                torch.full_like(found_inf, state.consecutive_skips),
+            )
+        total, in_a_row = self._unread_skips
+        self._unread_skips = (total + found_inf, (in_a_row + 1) * found_inf)
+        return found_inf
+
+    def _settled_state(self) -> SearchState:
+        """Return the search state, with the skipped steps that the host has not read yet."""
+        state = self._search_state()
+        if self._unread_skips is not None:
+            total, in_a_row = (int(count) for count in torch.stack(self._unread_skips).tolist())
+            self._unread_skips = None
+            state = replace(
+                state,
+                skipped_steps=state.skipped_steps + total,
+                consecutive_skips=in_a_row,
+                steps_since_search=state.steps_since_search - total,
+            )
+            self._write_search_state(state)
+            self._check_skips(state)
+        return state
+
     def _skip(self, state: SearchState) -> SearchState:
         skipped = replace(
             state,
             skipped_steps=state.skipped_steps + 1,
             consecutive_skips=state.consecutive_skips + 1,
         )
+        self._check_skips(skipped)
+        return skipped
+
+    def _check_skips(self, skipped: SearchState) -> None:
         if skipped.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
             self._write_search_state(skipped)
             raise FloatingPointError(
@@ -408,7 +476,6 @@ class LineSearchOptimizer(Optimizer):
                 "overflow: try bf16 instead of fp16, gradient clipping, or detect it with "
                 "torch.autograd.detect_anomaly()."
             )
-        return skipped
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -435,14 +502,11 @@ class LineSearchOptimizer(Optimizer):
     @staticmethod
     def _norm(params: list[Tensor]) -> Tensor:
         """Return a norm of all gradients: finite if and only if all of them are."""
-        norms = list(torch._foreach_norm([_local(p.grad) for p in params]))
-        return _sum_over_shards(norms, params)
+        (grads,) = _locals([[p.grad for p in params]], params)
+        return _sum_over_shards(list(torch._foreach_norm(grads)), params)
 
-    @staticmethod
-    def _finite(norm: Tensor | float, loss: Tensor | float | None) -> bool:
-        return math.isfinite(norm) and (loss is None or math.isfinite(loss))
-
-    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter; make it if there is none."""
         raise NotImplementedError
 
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
@@ -457,34 +521,38 @@ class LineSearchOptimizer(Optimizer):
         states: dict[str, list[Tensor]],
         step_size: float,
         fused: bool,
+        found_inf: Tensor | None,
     ) -> None:
-        """Move the moments by one step and the weights by `step_size` along the final direction."""
+        """Move the moments by one step and the weights by `step_size` along the final direction.
+
+        Where `found_inf`, with fused kernels only, is 1, nothing moves.
+        """
         raise NotImplementedError
 
-    def _update(self, step_size: float) -> None:
-        """Take the step of all groups from w_k with torch's own kernels."""
+    def _update(self, step_size: float, found_inf: Tensor | None) -> None:
+        """Take the step of all groups from w_k with torch's kernels, unless `found_inf` is 1."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            reals = [_local(p) for p in params]
-            grads = [_local(p.grad) for p in params]
-            states = {
-                name: [_local(self.state[p][name]) for p in params]
-                for name in self.state[params[0]]
-            }
-            # Low-precision weights take their step in float32, where their moments are.
-            weights = [p.float() if p.dtype in _LOW_PRECISION else p for p in reals]
-            grads = [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
+            rows = [self._state_of(p, group) for p in params]
+            columns = [[row[name] for row in rows] for name in rows[0]]
+            reals, grads, *columns = _locals([params, [p.grad for p in params], *columns], params)
+            weights, states = reals, dict(zip(rows[0], columns, strict=True))
+            low_precision = any(p.dtype in _LOW_PRECISION for p in reals)
+            if low_precision:  # take their step in float32, where their moments are
+                weights = [p.float() if p.dtype in _LOW_PRECISION else p for p in reals]
+                grads = [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
             # The fused kernels walk through memory: they need dense tensors of equal layout.
-            fused = all(
-                w.is_contiguous() and g.is_contiguous() and w.device.type in _FUSED_DEVICES
-                for w, g in zip(weights, grads, strict=True)
+            fused = all(t.is_contiguous() for t in (*weights, *grads)) and all(
+                w.device.type in _FUSED_DEVICES for w in weights
             )
-            self._update_group(group, weights, grads, states, step_size, fused)
-            for real, weight in zip(reals, weights, strict=True):
-                if real is not weight:
-                    real.copy_(weight)
+            if not fused and found_inf is not None and found_inf:
+                continue
+            found_inf_here = found_inf if fused else None
+            self._update_group(group, weights, grads, states, step_size, fused, found_inf_here)
+            if low_precision:
+                torch._foreach_copy_(reals, weights)
 
     def _chunks(self) -> Iterator[_Chunk]:
         """Cut what has gradients into pieces of bounded size, at w_k."""
@@ -493,13 +561,13 @@ class LineSearchOptimizer(Optimizer):
         limit = max(_SMALLEST_CHUNK, total // 50)
         for group, params in groups:
             chunk, size = _Chunk(group, 0), 0
-            for param, step in zip(params, self._step_numbers(params), strict=True):
+            for param, step in zip(params, self._step_numbers(params, group), strict=True):
                 if param not in self._backup:
                     self._backup[param] = torch.empty_like(param)
-                moments = {n: t for n, t in self.state[param].items() if n != "step"}
+                moments = {n: t for n, t in self._state_of(param, group).items() if n != "step"}
                 columns = [param, param.grad, self._backup[param], *moments.values()]
                 for weight, grad, backup, *states in _pieces(list(map(_local, columns)), limit):
-                    full = size >= limit or step != chunk.step
+                    full = size + weight.numel() > limit or step != chunk.step
                     if chunk.params and (full or weight.dtype != chunk.params[0].dtype):
                         yield chunk
                         chunk, size = _Chunk(group, step), 0
@@ -514,52 +582,68 @@ class LineSearchOptimizer(Optimizer):
             if chunk.params:
                 yield chunk
 
-    def _step_numbers(self, params: list[Tensor]) -> list[int]:
+    def _step_numbers(self, params: list[Tensor], group: dict[str, Any]) -> list[int]:
         """Return k of each parameter for the coming step."""
         return [0] * len(params)
 
-    def _slope(self, chunks: list[_Chunk]) -> float:
-        """Return sum <g_k, -d_k> in one host read."""
-        products = [
-            torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
-            for chunk in chunks
-            for g, d in zip(chunk.grads, self._direction(chunk), strict=True)
-        ]
-        return float(_sum_over_shards(products, [p for chunk in chunks for p in chunk.owners]))
+    def _write_first_trial(
+        self, chunks: list[_Chunk], step_size: float, backed_up: list[_Chunk]
+    ) -> float:
+        """Write w_k + step_size * d_k into the parameters, and return sum <g_k, -d_k>.
 
-    @staticmethod
-    def _write_backup(chunks: list[_Chunk]) -> None:
+        One pass over memory makes the backup, the slope and the first trial point. What is safe in
+        the backup is added to `backed_up`.
+        """
+        products, owners = [], []
         for chunk in chunks:
             torch._foreach_copy_(chunk.backups, chunk.params)
+            backed_up.append(chunk)
+            direction = self._direction(chunk)
+            products += [
+                torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
+                for g, d in zip(chunk.grads, direction, strict=True)
+            ]
+            owners += chunk.owners
+            self._move(chunk, direction, step_size)
+        return float(_sum_over_shards(products, owners))
+
+    def _write_trial(self, chunks: list[_Chunk], step_size: float) -> None:
+        """Write w_k + step_size * d_k into the parameters, from the backup."""
+        for chunk in chunks:
+            torch._foreach_copy_(chunk.params, chunk.backups)
+            self._move(chunk, self._direction(chunk), step_size)
+
+    @staticmethod
+    def _move(chunk: _Chunk, direction: list[Tensor], step_size: float) -> None:
+        if chunk.params[0].dtype in _LOW_PRECISION:
+            trial = [p.float() for p in chunk.params]
+            torch._foreach_add_(trial, direction, alpha=-step_size)
+            torch._foreach_copy_(chunk.params, trial)
+        else:
+            torch._foreach_add_(chunk.params, direction, alpha=-step_size)
 
     @staticmethod
     def _restore(chunks: list[_Chunk]) -> None:
         for chunk in chunks:
             torch._foreach_copy_(chunk.params, chunk.backups)
 
-    def _write_trial(self, chunks: list[_Chunk], step_size: float) -> None:
-        """Write w_k + step_size * d_k into the parameters."""
-        for chunk in chunks:
-            direction = self._direction(chunk)
-            if chunk.params[0].dtype in _LOW_PRECISION:
-                trial = [b.float() for b in chunk.backups]
-                torch._foreach_add_(trial, direction, alpha=-step_size)
-                torch._foreach_copy_(chunk.params, trial)
-            else:
-                torch._foreach_copy_(chunk.params, chunk.backups)
-                torch._foreach_add_(chunk.params, direction, alpha=-step_size)
 
-
-def _local(tensor: Tensor | None) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """View what this process holds of a tensor, complex numbers as pairs of reals.
 
     The view shares memory with the tensor. Complex parameters are treated as torch.optim.AdamW
     does.
     """
-    assert tensor is not None  # for the type checker: callers filter on `.grad`
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _locals(columns: list[list[Any]], params: list[Tensor]) -> list[list[Tensor]]:
+    """Return `_local` of what belongs to parameters: most often the very same tensors."""
+    if any(isinstance(p, DTensor) or p.is_complex() for p in params):
+        return [[_local(tensor) for tensor in column] for column in columns]
+    return columns
 
 
 def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
@@ -567,19 +651,18 @@ def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
 
     One small all-reduce per device mesh; none without sharded parameters.
     """
-    device = values[0].device
-    sums: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
+    sums: dict[tuple[Any, ...], list[Tensor]] = {}
     for value, param in zip(values, params, strict=True):
         layout = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
-        sums.setdefault(layout, []).append(value.to(device, torch.float64))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for layout, parts in sums.items():
-        part = torch.stack(parts).sum()
+        sums.setdefault((layout, value.device), []).append(value)
+    total = torch.zeros((), dtype=torch.float64, device=values[0].device)
+    for (layout, _), parts in sums.items():
+        part = torch.stack(parts).sum(dtype=torch.float64)
         if layout is not None:
             mesh, placements = layout
             partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
             part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
-        total = total + part
+        total = total + part.to(total.device)
     return total
 
 
@@ -683,19 +766,19 @@ class SaLSaAdam(LineSearchOptimizer):
             weight_decay=weight_decay,
         )
 
-    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        if not self.state[param]:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
             moments = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
-            self.state[param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=param.device),
-                "exp_avg": torch.zeros_like(param, dtype=moments),
-                "exp_avg_sq": torch.zeros_like(param, dtype=moments),
-            }
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=moments)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=moments)
+        return state
 
-    def _step_numbers(self, params: list[Tensor]) -> list[int]:
+    def _step_numbers(self, params: list[Tensor], group: dict[str, Any]) -> list[int]:
         if not params:
             return []
-        steps = [self.state[p]["step"].to(params[0].device) for p in params]
+        steps = [self._state_of(p, group)["step"].to(params[0].device) for p in params]
         return [int(step) + 1 for step in torch.stack(steps).tolist()]
 
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
@@ -726,6 +809,7 @@ class SaLSaAdam(LineSearchOptimizer):
         states: dict[str, list[Tensor]],
         step_size: float,
         fused: bool,
+        found_inf: Tensor | None,
     ) -> None:
         beta1, beta2 = group["betas"]
         adamw(
@@ -737,6 +821,7 @@ class SaLSaAdam(LineSearchOptimizer):
             states["step"],
             foreach=not fused,
             fused=fused,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -817,10 +902,12 @@ class SaLSaSGD(LineSearchOptimizer):
             weight_decay=weight_decay,
         )
 
-    def _initialise_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        if group["momentum"] and not self.state[param]:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if group["momentum"] and not state:
             dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
-            self.state[param] = {"momentum_buffer": torch.zeros_like(param, dtype=dtype)}
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+        return state
 
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
         wide = [g.float() if g.dtype in _LOW_PRECISION else g for g in chunk.grads]
@@ -838,15 +925,20 @@ class SaLSaSGD(LineSearchOptimizer):
         states: dict[str, list[Tensor]],
         step_size: float,
         fused: bool,
+        found_inf: Tensor | None,
     ) -> None:
         if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - step_size * group["weight_decay"])
+            decay: Tensor | float = step_size * group["weight_decay"]
+            if found_inf is not None:
+                decay = decay * (1 - found_inf.double())
+            torch._foreach_mul_(weights, 1 - decay)
         sgd(
             weights,
             grads,
             list(states["momentum_buffer"]) if group["momentum"] else [None] * len(weights),
             foreach=not fused,
             fused=fused,
+            found_inf=found_inf,
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=step_size,
