@@ -758,10 +758,9 @@ def benchmark_training(model: str, args: argparse.Namespace) -> list[Row]:
 
 def environment(args: argparse.Namespace) -> Row:
     """Return what the figures depend on."""
+    cpu = f"CPU ({platform.machine()})"
     return {
-        "device": torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else "CPU " + platform.machine(),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "clock": args.clock,
         "repeats": args.repeats,
@@ -820,9 +819,9 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="the optimizers alone")
     train = commands.add_parser("train", help="whole training runs")
-    for command, models, repeats in ((step, list(MODELS), 5), (train, ["minilm", "gpt2"], 5)):
+    for command, models in ((step, list(MODELS)), (train, ["minilm", "gpt2"])):
         command.add_argument("--models", nargs="+", choices=MODELS, default=models)
-        command.add_argument("--repeats", type=int, default=repeats, help="rounds")
+        command.add_argument("--repeats", type=int, default=5, help="rounds")
         command.add_argument("--quick", action="store_true", help="MiniLM and 3 rounds only")
         command.add_argument(
             "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time on the processor"
@@ -839,8 +838,10 @@ def parse_arguments() -> argparse.Namespace:
         args.models, args.repeats = ["minilm"], 3
     if args.repeats < 2:
         parser.error(f"--repeats {args.repeats} is too few: quartiles need at least 2")
-    if args.command == "step" and args.clock == "cpu" and DEVICE.type != "cpu":
+    if args.clock == "cpu" and DEVICE.type != "cpu":
         parser.error("--clock cpu does not see the work of a GPU")
+    if args.command == "step" and args.steps < 4:
+        parser.error(f"--steps {args.steps} is too few: the long run is shown in quarters")
     if args.command == "train" and (args.steps < 10 or args.steps % 10):
         parser.error(f"--steps {args.steps} is not a multiple of 10, the search interval")
     return args
