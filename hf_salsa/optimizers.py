@@ -246,6 +246,7 @@ class LineSearchOptimizer(Optimizer):
                 f"lack {sorted(missing)}. Resume with the optimizer that wrote it."
             )
         super().load_state_dict(state_dict)
+        self._unread_skips = None  # they were steps of the state that is gone
         # torch casts all state to the dtype of the parameter (pytorch #43706).
         params = [p for group in self.param_groups for p in group["params"]]
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]

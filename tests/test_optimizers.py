@@ -84,6 +84,24 @@ def train(optimizer, params, data):
     return step_sizes
 
 
+@dataclass
+class Recorded:
+    """The least that an objective is."""
+
+    closure: object
+    loss: object = None
+    clip_factor: object = 1.0
+    gradient_norm: object = None
+    recorded: bool = True
+    cleared: int = field(default=0)
+
+    def __call__(self):
+        return self.closure()
+
+    def clear(self):
+        self.cleared += 1
+
+
 def square(params):
     return sum(p.square().sum() for p in params)
 
@@ -244,6 +262,20 @@ def test_slope_is_the_directional_derivative(cls, direction, clip_factor):
         record = optimizer.last_search
         assert record.accepted
         assert record.decrease == pytest.approx(record.step_size * record.slope, rel=1e-4)
+
+
+def test_the_slope_counts_the_steps_of_each_parameter():
+    """One that joins late has its own k in Eq. 2."""
+    early, late = point(1.0, -2.0), point(0.5)
+    optimizer = SLSAdam([early, late], initial_step_size=1e-3)
+    for used in ([early], [early], [early, late]):
+        loss_fn = partial(square, used)
+        optimizer.step(loss_fn, loss=backward([early, late], loss_fn))
+    slope = 0.0
+    for param, k in ((early, 3), (late, 1)):
+        vhat = optimizer.state[param]["exp_avg_sq"] / (1 - 0.999**k)
+        slope += float((param.grad**2 / (vhat.sqrt() + 1e-8)).sum())
+    assert optimizer.last_search.slope == pytest.approx(slope, rel=1e-9)
 
 
 @both_kinds
@@ -507,19 +539,24 @@ def test_low_precision_weights_step_in_float32(cls, direction):
 
 @low_precision_expected
 def test_low_precision_trial_points_are_rounded_once():
-    param = point(1.0, 3.0, -0.3, dtype=torch.bfloat16)
-    optimizer = SLSSGD([param], initial_step_size=0.1, backtrack_factor=0.5)
-    start, seen = param.detach().clone(), []
+    """And those of wider neighbours in the same group not at all."""
+    low, wide = point(1.0, 3.0, -0.3, dtype=torch.bfloat16), point(1.0, 3.0)
+    optimizer = SLSSGD([low, wide], initial_step_size=0.1, backtrack_factor=0.5)
+    start, seen = clones([low, wide]), []
 
     def closure():
-        seen.append(param.detach().clone())
+        seen.append(clones([low, wide]))
         return [1.0, 2.0, 2.0, 0.0][len(seen) - 1]  # the first call checks the replay
 
-    param.grad = torch.tensor([0.1, -0.2, 0.7], dtype=torch.bfloat16)
+    low.grad = torch.tensor([0.1, -0.2, 0.7], dtype=torch.bfloat16)
+    wide.grad = torch.tensor([0.1, -0.2], dtype=torch.float64)
     optimizer.step(closure, loss=1.0)
     first = 0.1 * 2 ** (1 / 500)
-    sizes = [0.0, *(first * 0.5**j for j in (0, 1, 2))]
-    assert same(seen, [(start.float() - size * param.grad.float()).bfloat16() for size in sizes])
+    for step_size, (low_trial, wide_trial) in zip(
+        [0.0, first, first * 0.5, first * 0.25], seen, strict=True
+    ):
+        assert same(low_trial, (start[0].float() - step_size * low.grad.float()).bfloat16())
+        torch.testing.assert_close(wide_trial, start[1] - step_size * wide.grad, rtol=1e-15, atol=0)
 
 
 # --- steps that are not taken -------------------------------------------------------------------
@@ -639,6 +676,19 @@ def test_skips_that_nobody_read_end_the_run_too(unread):
     with pytest.raises(FloatingPointError, match="not finite 25 steps in a row"):
         optimizer.state_dict()
     assert same(clones(params), weights)
+
+
+def test_skips_that_nobody_read_do_not_outlive_a_load(unread):
+    params = parameters()
+    optimizer = SaLSaAdam(params)
+    train(optimizer, params, batches(3))
+    settle(optimizer, interval=100)
+    state = snapshot(optimizer)
+    closure, loss = spoil(params, "nan gradient")
+    optimizer.step(closure, loss=loss)
+    optimizer.load_state_dict(state)
+    assert optimizer.counters.skipped_steps == 0
+    assert same(optimizer.state_dict(), state)
 
 
 @silent
@@ -898,24 +948,6 @@ def test_a_few_roundings_are_no_difference(error, reevaluate):
     assert optimizer.param_groups[0]["reevaluate_loss"] is reevaluate
 
 
-@dataclass
-class Recorded:
-    """The least that an objective is."""
-
-    closure: object
-    loss: object = None
-    clip_factor: object = 1.0
-    gradient_norm: object = None
-    recorded: bool = True
-    cleared: int = field(default=0)
-
-    def __call__(self):
-        return self.closure()
-
-    def clear(self):
-        self.cleared += 1
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("loss_known", [False, True])
 def test_an_attached_objective_replaces_the_closure(explicit, loss_known):
@@ -930,6 +962,9 @@ def test_an_attached_objective_replaces_the_closure(explicit, loss_known):
         assert objective.cleared == 1
         train(other, theirs, [(x, y)])
     assert same(clones(ours), clones(theirs))
+    # The other one's first search checked the loss that it was given.
+    evaluations = 0 if loss_known else 5 - 1
+    assert optimizer.counters.trials == other.counters.trials + evaluations
 
 
 def test_the_objective_is_cleared_when_a_step_fails():
@@ -1279,3 +1314,35 @@ def test_sharded_parameters_give_the_same_trajectory(mesh, cls, direction):
     for param, expected in zip(sharded, plain, strict=True):
         assert isinstance(param, DTensor)
         torch.testing.assert_close(param.full_tensor(), expected.data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("read_at_once", [True, False])
+def test_the_norm_of_sharded_gradients_shows_what_is_not_finite(mesh, monkeypatch, read_at_once):
+    """As clip_grad_norm_ returns it: itself sharded."""
+    if not read_at_once:
+        monkeypatch.setattr(hf_salsa.optimizers, "_HOST_DEVICES", ())
+    params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in initial_weights()]
+    optimizer = SaLSaAdam(params, initial_step_size=1e-3)
+
+    def loss_fn():
+        return square([p.full_tensor() for p in params])
+
+    def step(spoiled):
+        objective = Recorded(loss_fn)
+        optimizer.attach(objective)
+        objective.loss = backward(params, loss_fn)
+        if spoiled:
+            params[0].grad *= math.inf
+        objective.gradient_norm = nn.utils.get_total_norm([p.grad for p in params])
+        assert isinstance(objective.gradient_norm, DTensor)
+        optimizer.step()
+
+    step(spoiled=False)
+    search_every(optimizer, 10)
+    weights = [p.full_tensor().clone() for p in params]
+    step(spoiled=True)
+    assert same([p.full_tensor() for p in params], weights)
+    assert optimizer.counters.skipped_steps == 1
+    step(spoiled=False)
+    assert optimizer.counters.skipped_steps == 1
+    assert not same([p.full_tensor() for p in params], weights)
