@@ -691,6 +691,34 @@ def test_skips_that_nobody_read_do_not_outlive_a_load(unread):
     assert same(optimizer.state_dict(), state)
 
 
+@pytest.mark.parametrize("pattern", ["x.x", "nx", "xx.x..x.xx.....x", "..x.xxxx.x.x..xxxx"])
+@both_kinds
+def test_when_skips_are_read_makes_no_difference(cls, pattern, monkeypatch):
+    """x: not finite. n: skipped by somebody else. Searches fall on all kinds of steps."""
+    ends = []
+    for readable in (("cpu",), ()):
+        monkeypatch.setattr(hf_salsa.optimizers, "_HOST_DEVICES", readable)
+        params = parameters()
+        optimizer = cls(params, weight_decay=0.1, max_search_interval=3, **MOMENTUM.get(cls, {}))
+        train(optimizer, params, batches(3))
+        settle(optimizer, interval=3)
+        for kind in pattern:
+            if kind == "x":
+                closure, loss = spoil(params, "inf gradient")
+                optimizer.step(closure, loss=loss)
+            elif kind == "n":
+                optimizer.note_skipped_step()
+            else:
+                train(optimizer, params, batches(1))
+        copied = copy.deepcopy(optimizer)
+        assert same(copied.state_dict(), optimizer.state_dict())
+        ends.append((clones(params), optimizer.state_dict()))
+    assert same(ends[0], ends[1])
+    group = ends[0][1]["param_groups"][0]
+    assert group["skipped_steps"] == len(pattern) - pattern.count(".")
+    assert group["consecutive_skips"] == len(pattern) - 1 - pattern.rfind(".")
+
+
 @silent
 @pytest.mark.parametrize("norm", [None, "tensor"])
 def test_a_step_without_a_search_reads_nothing_from_an_accelerator(norm):
