@@ -284,7 +284,7 @@ class PrescribedLoss:
         self._trials = trials
         self._calls = 0
         self.at_start = torch.tensor(1.0, device=DEVICE)
-        self._rejected = torch.tensor(torch.inf, device=DEVICE)
+        self._rejected = torch.tensor(2.0, device=DEVICE)
         self._accepted = torch.tensor(-1e30, device=DEVICE)
 
     def restart(self) -> None:
