@@ -278,6 +278,36 @@ def test_the_slope_counts_the_steps_of_each_parameter():
     assert optimizer.last_search.slope == pytest.approx(slope, rel=1e-9)
 
 
+def test_the_slope_is_added_up_in_double_precision():
+    params = [point(0.0, dtype=torch.float32) for _ in range(101)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[0].grad *= 1e4
+    optimizer = SaLSaSGD(params, initial_step_size=1e-12)
+    optimizer.step(lambda: 1.0 + sum(float(p.grad @ p.detach()) for p in params))
+    assert optimizer.last_search.slope == 1e8 + 100  # float32 has no such number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, float])
+@failures_expected
+def test_what_the_losss_precision_cannot_show_is_not_tried(dtype):
+    """A loss that is a plain number has the precision of the weights."""
+    param = point(1.0)
+    param.grad = torch.ones_like(param)
+    optimizer = SLSSGD([param], max_trials=100)
+    tried = []
+
+    def closure():
+        tried.append(1 - param.item())
+        loss = 1.0 if param.item() == 1 else 2.0
+        return loss if dtype is float else torch.tensor(loss, dtype=dtype)
+
+    optimizer.step(closure)
+    assert optimizer.last_search.outcome == "unresolved"
+    spacing = torch.finfo(torch.float64 if dtype is float else dtype).eps
+    assert 0.99 * spacing <= min(tried[1:]) <= 1.01 * spacing / 0.9
+
+
 @both_kinds
 def test_a_long_way_down_costs_few_evaluations(cls):
     """From 1 to about 1e-5: beyond 2e-5 the loss rises."""
@@ -993,6 +1023,23 @@ def test_an_attached_objective_replaces_the_closure(explicit, loss_known):
     # The other one's first search checked the loss that it was given.
     evaluations = 0 if loss_known else 5 - 1
     assert optimizer.counters.trials == other.counters.trials + evaluations
+
+
+def test_no_stale_autocast_cache_is_left():
+    """The next forward pass of the same autocast region sees the new weights."""
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(1, 6)), torch.randn(32, 6)
+
+    def loss_fn():
+        return (nn.functional.linear(x, weight).float() - 3).square().mean()
+
+    optimizer = SaLSaSGD([weight])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step(loss_fn, loss=backward([weight], loss_fn))
+        inside = loss_fn().item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert inside == loss_fn().item()
+    assert optimizer.last_search.accepted
 
 
 def test_the_objective_is_cleared_when_a_step_fails():
