@@ -1033,7 +1033,7 @@ def test_no_stale_autocast_cache_is_left():
     def loss_fn():
         return (nn.functional.linear(x, weight).float() - 3).square().mean()
 
-    optimizer = SaLSaSGD([weight])
+    optimizer = SaLSaSGD([weight], weight_decay=0.9)  # the step is not the trial point
     with torch.autocast("cpu", dtype=torch.bfloat16):
         optimizer.step(loss_fn, loss=backward([weight], loss_fn))
         inside = loss_fn().item()
