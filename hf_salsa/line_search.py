@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 Outcome = Literal["accepted", "slope", "unresolved", "trials"]
@@ -169,7 +170,7 @@ def search_interval(average_fast: float, average_slow: float, max_search_interva
     movement = max(average_fast / average_slow, average_slow / average_fast) - 1  # Eq. 9, 10
     if movement * max_search_interval <= 1:  # no division by zero for a step size at rest
         return max_search_interval
-    return min(max(1, math.floor(1 / movement + 0.5)), max_search_interval)  # Eq. 11
+    return max(1, math.floor(1 / movement + 0.5))  # Eq. 11
 
 
 def is_accepted(
@@ -284,14 +285,19 @@ def _largest_accepted(
     accepts: Callable[[int], bool], last: int, max_trials: int
 ) -> tuple[int | None, Outcome]:
     """Return the smallest accepted j in [0, last] (the largest step size), or None and why."""
-    trials, rejected, j = 1, -1, 0
-    while not accepts(j):
-        if j == last:
-            return None, "unresolved"
-        if trials == max_trials:
-            return None, "trials"
-        trials, rejected, j = trials + 1, j, min(max(1, 2 * j), last)
-    accepted = j
+    doubling = sorted({0, last, *(2**i for i in range(last.bit_length()))})
+    # At `last` the rounding errors of the loss may decide instead of the criterion: then away from
+    # it, last - 1, - 2, - 4, ..., through the gap in which one-by-one backtracking would have
+    # stopped.
+    gap = range(doubling[-2] + 1 if last else 0, last)
+    back = [last - 2**i for i in range(len(gap).bit_length())]
+    # Each with the j below it that is known to be rejected.
+    candidates = [*pairwise([-1, *doubling]), *((gap.start - 1, j) for j in back)]
+    for trials, (rejected, accepted) in enumerate(candidates[:max_trials], start=1):
+        if accepts(accepted):
+            break
+    else:
+        return None, "trials" if len(candidates) > max_trials else "unresolved"
     while accepted - rejected > 1 and trials < max_trials:
         middle = (rejected + accepted) // 2
         trials += 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 import re
 import sys
 from fractions import Fraction
@@ -263,6 +264,44 @@ def test_first_trials_double_then_bisect():
     assert [round(-math.log2(step)) for step in tried] == [0, 1, 2, 4, 8, 16, 12, 10, 11]
 
 
+def test_where_rounding_rejects_the_smallest_step_the_search_turns_back():
+    """Doubling ends at 2^-11, the last that shows; from there 10, 9, and down again in the gap."""
+    settings = dataclasses.replace(SLS, backtrack_factor=0.5, steps_to_double=1)
+
+    def evaluate(step_size):
+        return -1.0 if 2**-10 < step_size < 2**-8.5 else 1.0
+
+    record, _, tried = run(settings, SearchState(step_size=0.5), evaluate, resolution=2**-11)
+    assert [round(-math.log2(step)) for step in tried] == [0, 1, 2, 4, 8, 11, 10, 9]
+    assert record.step_size == 2**-9
+
+    _, _, tried = run(settings, SearchState(step_size=0.5), lambda _: 1.0, resolution=2**-15)
+    assert [round(-math.log2(step)) for step in tried] == [0, 1, 2, 4, 8, 15, 14, 13, 11]
+
+
+@pytest.mark.parametrize("best", [6e-7, 1e-6, 3e-6])
+def test_a_float32_loss_near_its_resolution(best):
+    """One-by-one backtracking finds a step size in every search, so must the fast search.
+
+    The loss is 1 - eta + eta^2 / (2 best), with an error of up to a rounding of float32.
+    """
+    resolution = 2.0**-23
+    failed = 0
+    for seed in range(300):
+        noise = random.Random(seed)
+
+        def evaluate(step_size, noise=noise):
+            exact = 1 - step_size + step_size**2 / (2 * best)
+            return round(exact / resolution + noise.uniform(-1, 1)) * resolution
+
+        state = SearchState(step_size=noise.uniform(0.5, 1.0))
+        problem = {"loss": 1.0, "slope": 1.0, "resolution": resolution}
+        assert plain_backtracking(SLS, state, evaluate, **problem)[0] is not None
+        record, _, _ = run(SLS, state, evaluate, **problem)
+        failed += not record.accepted
+    assert failed == 0
+
+
 @pytest.mark.parametrize("interval", [1, 2, 5, 10])
 def test_growth_per_training_step_does_not_depend_on_the_interval(interval):
     settings = dataclasses.replace(DEFAULTS, steps_to_double=50)
@@ -340,8 +379,10 @@ def test_an_accepted_search_moves_every_average_once(state, threshold):
         ("slope", {}, {"slope": 0.0}, 0),
         ("slope", {}, {"slope": -1.0}, 0),
         ("unresolved", {}, {"slope": 1e-17}, 0),  # not even the first trial could be seen
-        ("unresolved", {}, {"slope": 1e-15}, 5),  # j = 0, 1, 2, 4, and the last that shows
-        ("unresolved", {}, {"resolution": 0.0}, 15),  # down to the smallest normal number
+        ("unresolved", {}, {"slope": 1e-15}, 7),  # 0, 1, 2, 4, the last that shows: 7, and 6, 5
+        ("unresolved", {"max_trials": 7}, {"slope": 1e-15}, 7),
+        ("trials", {"max_trials": 6}, {"slope": 1e-15}, 6),
+        ("unresolved", {}, {"resolution": 0.0}, 27),  # down to the smallest normal number and back
         ("trials", {"max_trials": 1}, {}, 1),
         ("trials", {"max_trials": 4}, {}, 4),
     ],
@@ -465,7 +506,7 @@ HARD = {
     "flat": (flat, [1.0], "slope"),
     "absolute": (absolute, [1.0, -0.3], "accepted"),
     "absolute at its kink": (absolute, [0.0], "slope"),
-    "exponential": (exponential, [20.0], "accepted"),  # the step must shrink by exp(20)
+    "exponential": (exponential, [50.0], "accepted"),  # the step must shrink by exp(50)
     "exponential tail": (exponential, [-300.0], "unresolved"),  # x does not move
     "wavy": (wavy, [1.0], "accepted"),
 }

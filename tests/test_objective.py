@@ -95,13 +95,16 @@ def test_a_step_leaves_only_its_update_behind(model):
         np.random.seed(0)
         random.seed(0)
         net = Noisy()
-        optimizer = SaLSaSGD(net.parameters(), initial_step_size=1e-12)  # accepts at once
+        optimizer = SaLSaSGD(net.parameters(), initial_step_size=1e-4)  # accepts at once
         objective = BatchObjective(net, optimizer)
-        for group in optimizer.param_groups:
-            group["search_interval"] = interval
+        optimizer.param_groups[0]["search_interval"] = interval
+        optimizer.param_groups[0]["step_size_average_slow"] = 1e-4  # as if searched before
+        before = clones(net.named_parameters())
         objective.record(net, torch.randn(5, 6)).backward()
         optimizer.step()
-        assert optimizer.counters.searches == (interval == 1)
+        counters = optimizer.counters
+        assert (counters.searches, counters.failed_searches) == (interval == 1, 0)
+        assert any(not torch.equal(before[name], p) for name, p in net.named_parameters())
         drawn.append((streams(), clones(net.named_buffers())))
     assert drawn[0][0] == drawn[1][0]
     assert all(torch.equal(drawn[0][1][name], value) for name, value in drawn[1][1].items())
