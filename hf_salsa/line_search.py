@@ -293,11 +293,10 @@ def _largest_accepted(
     back = [last - 2**i for i in range(len(gap).bit_length())]
     # Each with the j below it that is known to be rejected.
     candidates = [*pairwise([-1, *doubling]), *((gap.start - 1, j) for j in back)]
-    for trials, (rejected, accepted) in enumerate(candidates[:max_trials], start=1):
-        if accepts(accepted):
-            break
-    else:
+    found = next((i for i, (_, j) in enumerate(candidates[:max_trials]) if accepts(j)), None)
+    if found is None:
         return None, "trials" if len(candidates) > max_trials else "unresolved"
+    (rejected, accepted), trials = candidates[found], found + 1
     while accepted - rejected > 1 and trials < max_trials:
         middle = (rejected + accepted) // 2
         trials += 1

@@ -502,7 +502,7 @@ class LineSearchOptimizer(Optimizer):
 
     @staticmethod
     def _norm(params: list[Tensor]) -> Tensor:
-        """Return the norm of all gradients: not finite if one of them is not, or if it overflows."""
+        """Return the norm of all gradients: not finite if one is not, or if it overflows."""
         (grads,) = _locals([[p.grad for p in params]], params)
         return _sum_over_shards(list(torch._foreach_norm(grads)), params)
 
