@@ -1,0 +1,482 @@
+"""Tables, plots and model cards from the results of `compare.py`.
+
+`write_report` reads every `results.json` below a folder; nothing here trains or loads a model.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from script_utils import PLOT_NAME, UsageError
+
+RESULTS = "results.json"
+PLOTS = {
+    "loss": "loss_curves.png",
+    "metric": "metric_curves.png",
+    "step_size": "step_sizes.png",
+    "seconds": "wall_clock.png",
+}
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "loss_per_character": "held-out loss per character",
+}
+SMOOTHING = 20  # curves of the loss are averaged over this fraction of the run, 1/20
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the seeds of one candidate came to on one task; the mean is NaN if one of them failed.
+
+    Attributes:
+        mean: The mean over the seeds.
+        error: Its standard error, None of a single seed.
+        seeds: How many runs there are.
+    """
+
+    mean: float
+    error: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Results], name: str) -> "Cell":
+        values = [run.get(name) for run in runs]
+        if any(value is None for value in values):  # a run that failed, or a loss not finite
+            return cls(math.nan, None, len(values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error, len(values))
+
+    def show(self, digits: int) -> str:
+        if math.isnan(self.mean):
+            return "failed"
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+class Comparison:
+    """The results below a folder, by task and candidate."""
+
+    def __init__(self, output_dir: Path, labels: Mapping[str, str]) -> None:
+        found = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(output_dir.glob(f"*/*/seed_*/{RESULTS}"))
+        ]
+        if not found:
+            raise UsageError(f"{output_dir} holds no results of compare.py")
+        self.output_dir = output_dir
+        self.all = found
+        self.runs = [run for run in found if not run["calibration"]]
+        self.calibrations = [run for run in found if run["calibration"]]
+        self.tasks = list(dict.fromkeys(run["task"] for run in found))
+        present = {run["candidate"] for run in self.runs}
+        self.labels = {name: label for name, label in labels.items() if name in present}
+
+    def of(self, task: str, candidate: str) -> list[Results]:
+        """Return the runs of a candidate on a task."""
+        return [r for r in self.runs if (r["task"], r["candidate"]) == (task, candidate)]
+
+    def settings(self, task: str) -> Results:
+        """Return the configuration of a task."""
+        return next(run["configuration"]["task"] for run in self.all if run["task"] == task)
+
+    def title(self, task: str) -> str:
+        return next(run["title"] for run in self.all if run["task"] == task)
+
+    def lower_is_better(self, task: str) -> bool:
+        return self.settings(task)["metric"].startswith("loss")
+
+    def cells(self, task: str, name: str) -> dict[str, Cell]:
+        """Return the cell of each candidate that has runs on a task."""
+        runs = {candidate: self.of(task, candidate) for candidate in self.labels}
+        return {candidate: Cell.of(found, name) for candidate, found in runs.items() if found}
+
+
+def write_report(output_dir: Path, labels: Mapping[str, str]) -> None:
+    """Write `README.md`, its plots and the model cards into `output_dir`.
+
+    Args:
+        output_dir: Where the results are.
+        labels: Candidate -> what readers call it, in the order of the columns.
+
+    Raises:
+        UsageError: There are no results.
+    """
+    comparison = Comparison(output_dir, labels)
+    draw_curves(comparison, "loss")
+    draw_curves(comparison, "metric")
+    draw_step_sizes(comparison)
+    draw_seconds(comparison)
+    cards = write_cards(comparison)
+    sections = [
+        "# Comparison",
+        "Written by `scripts/compare.py report` from the `results.json` of each run below this "
+        "folder. Means over the seeds ± their standard error; **bold** is the best mean of a row; "
+        "*failed*: a run ended in an error or a loss that is not finite.",
+        "## Peak metric",
+        "The best of the evaluations in a run, of held-out data. ↓: lower is better.",
+        *metric_table(comparison),
+        "## Final training loss",
+        "The mean over the last tenth of the updates.",
+        *loss_table(comparison),
+        "## Time",
+        "Seconds inside training steps, by the clock; evaluations are left out. In parentheses the "
+        "forward passes that the line search added.",
+        *seconds_table(comparison),
+        *(f"![{name.replace('_', ' ')}]({file})" for name, file in PLOTS.items()),
+        "## AdamW's peak rate",
+        "Warm-up over a tenth of the run, then cosine. Found on seeds that the tables above do not "
+        "use: peak metric / final training loss. The best metric is chosen.",
+        *calibration_table(comparison),
+        "## Budgets",
+        *budget_table(comparison),
+        *failure_list(comparison),
+        "## Model cards",
+        "Of the line search with the best mean on each task, its best seed: "
+        + ", ".join(f"[{comparison.title(task)}]({task}/README.md)" for task in cards)
+        + ".",
+    ]
+    (output_dir / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def seeds_of(cells: Mapping[str, Cell]) -> str:
+    numbers = sorted({cell.seeds for cell in cells.values()})
+    return "-".join(map(str, sorted({numbers[0], numbers[-1]})))
+
+
+def grid_row(
+    comparison: Comparison, task: str, cells: Mapping[str, Cell], digits: int, lower: bool
+) -> list[str]:
+    means = [cell.mean for cell in cells.values() if not math.isnan(cell.mean)]
+    best = (min if lower else max)(means, default=None)
+    row = [f"{comparison.title(task)}{' ↓' if lower else ''}", seeds_of(cells)]
+    for candidate in comparison.labels:
+        cell = cells.get(candidate)
+        text = "" if cell is None else cell.show(digits)
+        row.append(f"**{text}**" if cell is not None and cell.mean == best else text)
+    return row
+
+
+def ranks(cells: Mapping[str, Cell], lower: bool) -> dict[str, float]:
+    """Return the rank of each candidate, 1 for the best; equals share theirs, failures are last."""
+    sign = 1 if lower else -1
+    keys = {c: math.inf if math.isnan(v.mean) else sign * v.mean for c, v in cells.items()}
+    return {
+        candidate: 0.5
+        + sum(other < key for other in keys.values())
+        + sum(other == key for other in keys.values()) / 2
+        for candidate, key in keys.items()
+    }
+
+
+def rank_row(comparison: Comparison, rows: Sequence[tuple[Mapping[str, Cell], bool]]) -> list[str]:
+    """Return the average rank over the tasks on which every candidate has run."""
+    complete = [ranks(cells, low) for cells, low in rows if len(cells) == len(comparison.labels)]
+    if not complete:
+        return []
+    averages = [
+        f"{statistics.fmean(rank[candidate] for rank in complete):.2f}"
+        for candidate in comparison.labels
+    ]
+    return [f"average rank ({len(complete)} tasks)", "", *averages]
+
+
+def average_row(
+    comparison: Comparison,
+    name: str,
+    rows: Sequence[Mapping[str, Cell]],
+    average: Callable[[Sequence[float]], float],
+) -> list[str]:
+    """Return an average of the means over the tasks on which every candidate has run."""
+    complete = [cells for cells in rows if len(cells) == len(comparison.labels)]
+    if not complete:
+        return []
+    values = []
+    for candidate in comparison.labels:
+        means = [cells[candidate].mean for cells in complete]
+        values.append("failed" if any(map(math.isnan, means)) else f"{average(means):.4f}")
+    return [f"{name} ({len(complete)} tasks)", "", *values]
+
+
+def log_average(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(max(value, 1e-12)) for value in values))
+
+
+def metric_table(comparison: Comparison) -> list[str]:
+    found = {task: comparison.cells(task, "peak_metric") for task in comparison.tasks}
+    lower = {task: comparison.lower_is_better(task) for task in comparison.tasks}
+    rows = [grid_row(comparison, t, cells, 4, lower[t]) for t, cells in found.items() if cells]
+    higher = [cells for task, cells in found.items() if not lower[task]]
+    rows.append(average_row(comparison, "average, losses left out", higher, statistics.fmean))
+    rows.append(rank_row(comparison, [(cells, lower[task]) for task, cells in found.items()]))
+    head = ["", "seeds", *comparison.labels.values()]
+    return [markdown(head, [row for row in rows if row])]
+
+
+def loss_table(comparison: Comparison) -> list[str]:
+    found = [(task, comparison.cells(task, "final_training_loss")) for task in comparison.tasks]
+    rows = [grid_row(comparison, task, cells, 4, True) for task, cells in found if cells]
+    rows.append(average_row(comparison, "log-average", [c for _, c in found], log_average))
+    rows.append(rank_row(comparison, [(cells, True) for _, cells in found]))
+    head = ["", "seeds", *comparison.labels.values()]
+    return [markdown(head, [row for row in rows if row])]
+
+
+def seconds_table(comparison: Comparison) -> list[str]:
+    rows = []
+    for task in comparison.tasks:
+        seconds = comparison.cells(task, "seconds")
+        extra = comparison.cells(task, "extra_forward_passes")
+        row = [comparison.title(task), seeds_of(seconds) if seconds else ""]
+        for candidate in comparison.labels:
+            text = seconds[candidate].show(0) if candidate in seconds else ""
+            passes = extra[candidate].mean if candidate in extra else 0
+            row.append(f"{text} ({passes:.0f})" if passes > 0 else text)
+        rows.append(row)
+    return [markdown(["", "seeds", *comparison.labels.values()], rows)]
+
+
+def calibration_table(comparison: Comparison) -> list[str]:
+    tables = []
+    for task in comparison.tasks:
+        runs = [run for run in comparison.calibrations if run["task"] == task]
+        row = [comparison.title(task)]
+        rates = sorted({run["rate"] for run in runs})
+        for rate in rates:
+            at_rate = [run for run in runs if run["rate"] == rate]
+            metric = Cell.of(at_rate, "peak_metric").show(4)
+            loss = Cell.of(at_rate, "final_training_loss").show(4)
+            row.append(f"{metric} / {loss}")
+        if rates:
+            tables.append(markdown(["", *(f"{rate:g}" for rate in rates)], [row]))
+    return tables or ["Not searched here."]
+
+
+def budget_table(comparison: Comparison) -> list[str]:
+    rows = []
+    for task in comparison.tasks:
+        settings = comparison.settings(task)
+        some = next(run for run in comparison.all if run["task"] == task)
+        rows.append(
+            [
+                comparison.title(task),
+                METRIC_NAMES[settings["metric"]],
+                str(some.get("updates", "")),
+                str(settings["batch_size"]),
+                ", ".join(f"{k}={v}" for k, v in settings["settings"].items())
+                + (", group_by_length" if settings["group_by_length"] else ""),
+            ]
+        )
+    devices = sorted({run["device"] for run in comparison.all})
+    versions: dict[str, set[str]] = {}
+    for run in comparison.all:
+        for name, version in run["versions"].items():
+            versions.setdefault(name, set()).add(version)
+    return [
+        markdown(["", "metric", "updates", "batch", "data and model"], rows),
+        f"Device: {'; '.join(devices)}. "
+        + ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in versions.items())
+        + ".",
+    ]
+
+
+def failure_list(comparison: Comparison) -> list[str]:
+    failures = [
+        f"- {comparison.title(r['task'])}, {r['candidate']}, rate {r['rate']}, seed {r['seed']}: "
+        f"{r['error']}"
+        for r in comparison.all
+        if r["status"] == "failed"
+    ]
+    return ["## Failed runs", "\n".join(failures)] if failures else []
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+
+def smoothed(values: Sequence[float | None]) -> np.ndarray:
+    """Return the mean over a sliding window, shorter at the ends; NaN where a value is missing."""
+    window = max(1, len(values) // SMOOTHING)
+    array = np.array(values, dtype=float)
+    weights = np.convolve(np.ones(len(array)), np.ones(window), mode="same")
+    return np.convolve(array, np.ones(window), mode="same") / weights
+
+
+def panels(comparison: Comparison) -> tuple[Any, dict[str, Any]]:
+    """Return a figure with one axis for each task."""
+    columns = min(3, len(comparison.tasks))
+    rows = math.ceil(len(comparison.tasks) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.6 * rows + 0.9), squeeze=False
+    )
+    by_task = dict(zip(comparison.tasks, axes.flat, strict=False))
+    for axis in axes.flat[len(by_task) :]:
+        axis.remove()
+    for task, axis in by_task.items():
+        axis.set_title(comparison.title(task))
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    return figure, by_task
+
+
+def colours(comparison: Comparison) -> dict[str, Any]:
+    return dict(zip(comparison.labels, plt.get_cmap("tab10").colors, strict=False))
+
+
+def save(figure: Any, comparison: Comparison, name: str) -> None:
+    """Save a figure with one legend, below, for all of its panels."""
+    lines = {}
+    for axis in figure.axes:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
+    figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=5, fontsize=8)
+    figure.savefig(comparison.output_dir / PLOTS[name], dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(comparison: Comparison, name: str) -> None:
+    """Draw the training loss, or the metric at each evaluation: mean and standard error."""
+    figure, axes = panels(comparison)
+    colour = colours(comparison)
+    for task, axis in axes.items():
+        settings = comparison.settings(task)
+        axis.set_ylabel("training loss" if name == "loss" else METRIC_NAMES[settings["metric"]])
+        highest = 0.0
+        for candidate, label in comparison.labels.items():
+            finished = [r for r in comparison.of(task, candidate) if r["status"] == "finished"]
+            if not finished:
+                continue
+            if name == "loss":
+                x = np.arange(1, finished[0]["updates"] + 1)
+                curves = np.array([smoothed(run["losses"]) for run in finished])
+            else:
+                x = np.array([entry["step"] for entry in finished[0]["evaluations"]])
+                curves = np.array(
+                    [[e["metric"] for e in run["evaluations"]] for run in finished], dtype=float
+                )
+            mean = curves.mean(axis=0)
+            axis.plot(x, mean, label=label, color=colour[candidate], linewidth=1.3)
+            if len(curves) > 1:
+                error = curves.std(axis=0, ddof=1) / math.sqrt(len(curves))
+                axis.fill_between(
+                    x, mean - error, mean + error, color=colour[candidate], alpha=0.2, linewidth=0
+                )
+            highest = max(highest, np.nanmax(mean[: max(1, len(mean) // 10)], initial=0.0))
+        if name == "loss" and highest:
+            axis.set_ylim(top=1.1 * np.nanmedian([l.get_ydata()[0] for l in axis.get_lines()]))
+    save(figure, comparison, name)
+
+
+def draw_step_sizes(comparison: Comparison) -> None:
+    """Draw the step size, or rate, of every run."""
+    figure, axes = panels(comparison)
+    colour = colours(comparison)
+    for task, axis in axes.items():
+        axis.set_ylabel("step size")
+        axis.set_yscale("log")
+        for candidate, label in comparison.labels.items():
+            for run in comparison.of(task, candidate):
+                if run["status"] == "finished":
+                    sizes = np.array(run["step_sizes"], dtype=float)
+                    sizes[sizes <= 0] = np.nan  # the ends of a schedule, on a logarithmic axis
+                    x = np.arange(1, len(sizes) + 1)
+                    axis.plot(x, sizes, label=label, color=colour[candidate], linewidth=0.8)
+    save(figure, comparison, "step_size")
+
+
+def draw_seconds(comparison: Comparison) -> None:
+    """Draw the seconds of each candidate as bars."""
+    figure, axes = panels(comparison)
+    colour = colours(comparison)
+    for task, axis in axes.items():
+        axis.set_ylabel("seconds of training")
+        axis.set_xlabel("")
+        axis.set_xticks([])
+        for position, (candidate, label) in enumerate(comparison.labels.items()):
+            cell = Cell.of(comparison.of(task, candidate), "seconds")
+            if cell.seeds and not math.isnan(cell.mean):
+                axis.bar(position, cell.mean, yerr=cell.error, label=label, color=colour[candidate])
+    save(figure, comparison, "seconds")
+
+
+# --- cards --------------------------------------------------------------------------------------
+
+
+def write_cards(comparison: Comparison) -> list[str]:
+    """Write the card of each task's best line search; return the tasks that have one."""
+    written = []
+    for task in comparison.tasks:
+        lower = comparison.lower_is_better(task)
+        sign = 1 if lower else -1
+        cells = {
+            candidate: cell
+            for candidate, cell in comparison.cells(task, "peak_metric").items()
+            if not math.isnan(cell.mean) and "card" in comparison.of(task, candidate)[0]
+        }
+        if not cells:
+            continue
+        candidate = min(cells, key=lambda name: sign * cells[name].mean)
+        runs = comparison.of(task, candidate)
+        best = min(runs, key=lambda run: sign * run["peak_metric"])
+        folder = comparison.output_dir / task
+        draw_run(best, folder / PLOT_NAME)
+        metric = comparison.settings(task)["metric"]
+        rows = [
+            [
+                label,
+                found.show(4),
+                Cell.of(comparison.of(task, name), "final_training_loss").show(4),
+            ]
+            for name, label in comparison.labels.items()
+            if (found := comparison.cells(task, "peak_metric").get(name)) is not None
+        ]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        section = [
+            "## In the comparison",
+            f"This is seed {best['seed']} of the seeds {seeds}, whose figures are in "
+            f"[{candidate}/seed_{best['seed']}/{RESULTS}]({candidate}/seed_{best['seed']}/{RESULTS})"
+            ". Its weights are not published; the command in [the report](../README.md) trains "
+            "them again. All candidates on this task, mean ± standard error:",
+            markdown(["", f"peak {METRIC_NAMES[metric]}", "final training loss"], rows),
+        ]
+        card = best["card"].rstrip() + "\n\n" + "\n\n".join(section) + "\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        written.append(task)
+    return written
+
+
+def draw_run(run: Results, path: Path) -> None:
+    """Draw loss and step size of one run."""
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5))
+    x = np.arange(1, run["updates"] + 1)
+    losses = np.array(run["losses"], dtype=float)
+    above.plot(x, losses, linewidth=0.5, alpha=0.4, label="training loss")
+    above.plot(x, smoothed(run["losses"]), color="tab:blue", label="smoothed")
+    evaluations = run["evaluations"]
+    steps = [entry["step"] for entry in evaluations]
+    above.plot(steps, [e["loss"] for e in evaluations], "o", color="tab:orange", label="held out")
+    above.set_ylabel("loss")
+    above.legend()
+    below.plot(x, np.array(run["step_sizes"], dtype=float), color="tab:green")
+    below.set_yscale("log")
+    below.set_ylabel("step size")
+    below.set_xlabel("update")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
