@@ -388,12 +388,14 @@ class LineSearchOptimizer(Optimizer):
         if not math.isfinite(start):
             return loss, replace(self._skip(state), trials=state.trials + calls)
         settings = self._search_settings()
-        first = first_step_size(settings, state)
+        first = written = first_step_size(settings, state)
         backed_up: list[_Chunk] = []
 
         def loss_at(step_size: float) -> float:
-            if step_size != first:
-                self._write_trial(chunks, step_size)
+            nonlocal written
+            if step_size != written:
+                self._write_trial(chunks, step_size, written)
+                written = step_size
             return float(evaluate())
 
         try:
@@ -608,11 +610,18 @@ class LineSearchOptimizer(Optimizer):
             self._move(chunk, direction, step_size)
         return float(_sum_over_shards(products, owners))
 
-    def _write_trial(self, chunks: list[_Chunk], step_size: float) -> None:
-        """Write w_k + step_size * d_k into the parameters, from the backup."""
+    def _write_trial(self, chunks: list[_Chunk], step_size: float, written: float) -> None:
+        """Write w_k + step_size * d_k into the parameters, which hold w_k + written * d_k."""
         for chunk in chunks:
-            torch._foreach_copy_(chunk.params, chunk.backups)
-            self._move(chunk, self._direction(chunk), step_size)
+            near = written / 2 <= step_size < written
+            if near and chunk.params[0].dtype not in _LOW_PRECISION:
+                # Part of the way back to w_k, which costs one more rounding but no direction. Not
+                # most of it, where the part that is left has few digits, and not away from it,
+                # where what the smaller step lost in rounding would grow.
+                torch._foreach_lerp_(chunk.params, chunk.backups, 1 - step_size / written)
+            else:
+                torch._foreach_copy_(chunk.params, chunk.backups)
+                self._move(chunk, self._direction(chunk), step_size)
 
     @staticmethod
     def _move(chunk: _Chunk, direction: list[Tensor], step_size: float) -> None:

@@ -589,6 +589,40 @@ def test_low_precision_trial_points_are_rounded_once():
         torch.testing.assert_close(wide_trial, start[1] - step_size * wide.grad, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("beyond", [math.nan, 1e9])
+@pytest.mark.parametrize("backtrack_factor", [0.4, 0.9])
+def test_trial_points_are_exact_to_a_few_roundings(beyond, backtrack_factor):
+    """Also those that are made of the trial point before: j = 0, 1, 2, 4, ... and back again."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.rand(1000, generator=generator) + 0.5  # none so small that the fit below decides
+    grad = torch.randn(1000, generator=generator)
+    direction = -grad.double()
+    param = nn.Parameter(start.clone())
+    optimizer = SaLSaSGD([param], backtrack_factor=backtrack_factor, initial_step_size=3e37)
+    threshold = 3e-3
+    seen = []
+
+    def closure():
+        moved = param.detach().double() - start.double()
+        seen.append((float(moved @ direction / (direction @ direction)), param.detach().clone()))
+        return torch.tensor(-1e30 if seen[-1][0] < threshold else beyond)
+
+    closure_of_replay = iter([torch.tensor(1.0)])
+    param.grad = grad
+    optimizer.step(lambda: next(closure_of_replay, None) or closure(), loss=torch.tensor(1.0))
+    assert optimizer.last_search.accepted
+    assert len(seen) > 10
+    for step_size, weights in seen:
+        exact = start.double() + step_size * direction
+        largest = torch.maximum(start.abs().double(), exact.abs())
+        error = (weights.double() - exact).abs()
+        assert (error <= 3 * torch.finfo(torch.float32).eps * largest).all()
+    below = [step_size for step_size, _ in seen if step_size < threshold]
+    assert optimizer.step_size == pytest.approx(max(below), rel=1e-4)
+    # The last two of the bisection enclose the threshold.
+    assert optimizer.step_size / backtrack_factor > threshold
+
+
 # --- steps that are not taken -------------------------------------------------------------------
 
 
