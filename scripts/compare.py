@@ -47,12 +47,14 @@ from typing import Any, NamedTuple
 import datasets
 import run_clm
 import run_glue
+import run_image_classification as run_image
 import torch
 import transformers
 from comparison_report import RESULTS, write_report
 from script_utils import UsageError, last_checkpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
     DataCollatorWithPadding,
@@ -162,6 +164,17 @@ PRESETS: dict[str, dict[str, Task]] = {
             seeds=(0, 1),
             calibration_seeds=(100,),
         ),
+        "digits": _image(
+            "Digits",
+            batch_size=16,
+            settings={
+                "architecture": "resnet_small",
+                "max_train_samples": 160,
+                "max_eval_samples": 64,
+            },
+            seeds=(0, 1),
+            calibration_seeds=(100,),
+        ),
     },
     "cpu": {
         "mrpc": _small_glue("MRPC", "accuracy", batch_size=16, settings={"task": "mrpc", **_SMALL}),
@@ -183,6 +196,9 @@ PRESETS: dict[str, dict[str, Task]] = {
             batch_size=12,
             updates=1000,
             settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bytes", "file": True},
+        ),
+        "digits": _image(
+            "Digits", batch_size=32, epochs=20.0, settings={"architecture": "resnet_small"}
         ),
         "rte": _small_glue(
             "RTE",
@@ -217,6 +233,35 @@ PRESETS: dict[str, dict[str, Task]] = {
             settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bytes", "file": True},
             **PAPER_SEEDS,
         ),
+        "cifar10": _image(
+            "CIFAR-10",
+            batch_size=128,
+            epochs=100.0,
+            settings={"architecture": "resnet34", "dataset": "uoft-cs/cifar10"},
+            **PAPER_SEEDS,
+        ),
+        "cifar100": _image(
+            "CIFAR-100",
+            batch_size=128,
+            epochs=100.0,
+            settings={
+                "architecture": "resnet34",
+                "dataset": "uoft-cs/cifar100",
+                "label_column": "fine_label",
+            },
+            **PAPER_SEEDS,
+        ),
+        "imagenet": _image(
+            "ImageNet",
+            batch_size=256,
+            epochs=12.0,
+            settings={
+                "architecture": "resnet50",
+                "dataset": "ILSVRC/imagenet-1k",
+                "image_size": 224,
+            },
+            **PAPER_SEEDS,
+        ),
     },
 }
 
@@ -226,16 +271,16 @@ class Prepared(NamedTuple):
 
     Attributes:
         make_model: Returns the model as it is before training, by torch's random stream.
-        train: The training data.
-        validation: The held-out data; by name, if they are several sets. The first counts.
+        make_train: Seed -> the training data, and callbacks that it needs.
+        validation: The held-out data.
         arguments: Further arguments of the trainer.
         card: What the model card says of the data.
         characters_per_token: Of the held-out text.
     """
 
     make_model: Callable[[], PreTrainedModel]
-    train: datasets.Dataset
-    validation: datasets.Dataset
+    make_train: Callable[[int], tuple[Dataset, list[TrainerCallback]]]
+    validation: Dataset
     arguments: dict[str, Any]
     card: dict[str, Any]
     characters_per_token: float | None = None
@@ -286,7 +331,7 @@ def load_glue(
         validation = next(iter(validation.values()))
     return Prepared(
         make,
-        tokenized["train"],
+        lambda seed: (tokenized["train"], []),
         validation,
         {
             "data_collator": DataCollatorWithPadding(tokenizer),
@@ -330,7 +375,7 @@ def load_text(
     )
     return Prepared(
         partial(run_clm.make_model, len(vocabulary), block_size, overrides),
-        train.dataset,
+        lambda seed: (train.dataset, []),
         validation.dataset,
         {"data_collator": default_data_collator, "processing_class": vocabulary},
         {"dataset": Path(args.train_file or run_clm.EMBEDDED_NAME).name},
@@ -338,7 +383,50 @@ def load_text(
     )
 
 
-LOADERS: dict[str, Callable[..., Prepared]] = {"glue": load_glue, "text": load_text}
+def load_images(
+    sources: Sources,
+    *,
+    architecture: str,
+    dataset: str | None = None,
+    label_column: str | None = None,
+    image_size: int | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Prepared:
+    """Prepare a data set of images from the hub, or without one the embedded digits."""
+    args = run_image.DataArguments(
+        dataset_name=dataset,
+        label_column=label_column,
+        max_train_samples=max_train_samples,
+        max_eval_samples=max_eval_samples,
+    )
+    data = run_image.load_data(args)
+    processor = run_image.make_processor(data, image_size)
+    _, validation = run_image.make_examples(data, processor, args.horizontal_flip, seed=0)
+
+    def make_train(seed: int) -> tuple[Dataset, list[TrainerCallback]]:
+        train, _ = run_image.make_examples(data, processor, args.horizontal_flip, seed)
+        return train, [run_image.EpochCallback(train)]
+
+    return Prepared(
+        partial(
+            run_image.make_model,
+            architecture,
+            data["train"].features["label"],
+            run_image.size_of(processor),
+        ),
+        make_train,
+        validation,
+        {"processing_class": processor, "compute_metrics": run_image.compute_metrics},
+        {"dataset": run_image.data_name(args), "tasks": "image-classification"},
+    )
+
+
+LOADERS: dict[str, Callable[..., Prepared]] = {
+    "glue": load_glue,
+    "text": load_text,
+    "image": load_images,
+}
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -431,13 +519,13 @@ class Candidate:
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1}
 CONSTANT = {"lr_scheduler_type": "constant"}
 CANDIDATES = {
-    "adam": Candidate("Adam", {"optim": "adamw_torch"}, lambda task: task.adam_rate),
+    "adam": Candidate("Adam", {"optim": "adamw_torch_fused"}, lambda task: task.adam_rate),
     "sgd": Candidate("SGD", {"optim": "sgd"}, lambda task: task.sgd_rate),
     "sls_adam": Candidate("Adam + SLS", {"optim": "sls_adam"}),
     "sls_sgd": Candidate("SGD + SLS", {"optim": "sls_sgd"}),
     "salsa_adam": Candidate("Adam + SaLSa", {"optim": "salsa_adam"}),
     "salsa_sgd": Candidate("SGD + SaLSa", {"optim": "salsa_sgd"}),
-    CALIBRATED: Candidate("AdamW, best of 5 rates", {"optim": "adamw_torch", **COSINE}),
+    CALIBRATED: Candidate("AdamW, best of 5 rates", {"optim": "adamw_torch_fused", **COSINE}),
     "schedule_free": Candidate(
         "Schedule-Free AdamW",
         {"optim": "schedule_free_adamw", "learning_rate": 2.5e-3, **CONSTANT},
@@ -534,7 +622,8 @@ def prepare(kind: str, settings: str, sources: Sources) -> Prepared:
 def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
     """Return the trainer of a run, ready to train."""
     task, candidate = run.task, CANDIDATES[run.candidate_name]
-    per_epoch = math.ceil(len(prepared.train) / task.batch_size)
+    train_data, callbacks = prepared.make_train(run.seed)
+    per_epoch = math.ceil(len(train_data) / task.batch_size)
     updates = task.updates or math.ceil(task.epochs * per_epoch)
     checkpoints = {"save_strategy": "steps", "save_total_limit": 1} if candidate.resumes else {}
     args = SaLSaTrainingArguments(
@@ -564,10 +653,10 @@ def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
     trainer = candidate.trainer(
         model=model,
         args=args,
-        train_dataset=prepared.train,
+        train_dataset=train_data,
         eval_dataset=prepared.validation,
         optimizers=optimizers,
-        callbacks=[Stopwatch()],
+        callbacks=[*callbacks, Stopwatch()],
         **prepared.arguments,
     )
     trainer.remove_callback(PrinterCallback)

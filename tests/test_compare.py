@@ -242,7 +242,7 @@ def test_paper_candidates_follow_the_papers_schedule(tmp_path):
     task = PRESETS["cpu"]["mrpc"]
     arguments = Run("mrpc", task, "adam", task.adam_rate, 0, tmp_path).arguments
     assert arguments == {
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "learning_rate": 2e-5,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
