@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -854,7 +855,13 @@ def fill(
 
 def start_worker(threads: int) -> None:
     """Prepare a process that carries out runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends it
     torch.set_num_threads(threads)
+    be_quiet()
+
+
+def be_quiet() -> None:
+    """Leave the screen to the progress of the grid."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -962,12 +969,12 @@ def run_grid(tasks: Mapping[str, Task], args: argparse.Namespace, sources: Sourc
                 rates = {name: best_rate(runs) for name, runs in found.items()}
             runs = comparison(tasks, args.candidates, rates, args.output_dir)
             fill(runs, sources, pool, args.jobs, "Comparison")
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:
+            for worker in multiprocessing.active_children():  # each has its checkpoint
+                worker.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+                raise SystemExit(130) from None
             raise
 
 

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,35 @@ def test_what_is_done_is_not_done_again(smoke, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_the_grid_at_once(tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, compare.__file__, "--preset", "smoke", "--tasks", "prose"),
+            *("--candidates", "salsa_sgd", "sls_sgd", "sgd", "adam"),
+            *("--output_dir", str(tmp_path)),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, as in a terminal
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("results.json")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "Interrupted. The same command goes on from here." in errors
+    assert "Traceback" not in errors
+    assert 1 <= len(results_below(tmp_path)) < 8
+
+
 class no_pool:  # noqa: N801
     """A pool that must not get any work."""
 
@@ -140,7 +171,7 @@ class no_pool:  # noqa: N801
 
 
 def prose_run(output_dir, candidate, seed=0, rate=None):
-    compare.start_worker(1)
+    compare.be_quiet()
     run = Run("prose", SMOKE["prose"], candidate, rate, seed, output_dir)
     run.folder.mkdir(parents=True)
     return run
