@@ -1,7 +1,7 @@
 """Compare the line searches with tuned baselines and rivals: candidates x tasks x seeds.
 
 The whole grid in miniature, on embedded data, in a few minutes:
-    python scripts/compare.py --preset smoke --output_dir runs/smoke
+    python scripts/compare.py --preset smoke
 
 GLUE, Shakespeare and digits in runs of one to two minutes, two at a time. Ctrl-C at any time: the
 same command goes on from there, in a later sitting too.
@@ -9,10 +9,10 @@ same command goes on from there, in a later sitting too.
         --output_dir model_cards/cpu
 
 The paper's own experiments, with five seeds; for a GPU, and days:
-    python scripts/compare.py --preset paper --text_file shakespeare.txt --output_dir runs/paper
+    python scripts/compare.py --preset paper --text_file shakespeare.txt
 
 The report alone, from the runs that are there:
-    python scripts/compare.py report --output_dir model_cards/cpu
+    python scripts/compare.py report --preset cpu --output_dir model_cards/cpu
 
 The candidates are the paper's six (Adam and SGD with the paper's rates, SLS and SaLSa on both),
 AdamW with the best of five peak rates (found on seeds of their own), Schedule-Free AdamW and
@@ -908,8 +908,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="run",
         help="run what is missing and report (the default), or report only",
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="smoke", help="which tasks")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the results are")
+    parser.add_argument("--preset", choices=tuple(PRESETS), required=True, help="which tasks")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where the results are; by default runs/compare_PRESET"
+    )
     parser.add_argument("--tasks", nargs="+", help="of the preset; by default all")
     parser.add_argument(
         "--candidates", nargs="+", choices=tuple(CANDIDATES), default=tuple(CANDIDATES)
@@ -919,6 +921,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run on a CPU")
     args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path(f"runs/compare_{args.preset}")
     for name in args.tasks or ():
         if name not in PRESETS[args.preset]:
             known = ", ".join(PRESETS[args.preset])
@@ -940,11 +943,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.command == "run":
             check(tasks, args.candidates, sources)
             run_grid(tasks, args, sources)
-        write_report(args.output_dir, labels={n: c.label for n, c in CANDIDATES.items()})
+        write_report(
+            args.output_dir,
+            labels={name: candidate.label for name, candidate in CANDIDATES.items()},
+            tasks=tuple(PRESETS[args.preset]),
+            command=command_of(args.preset),
+        )
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"Report: {args.output_dir / 'README.md'}")
+
+
+def command_of(preset: str) -> str:
+    """Return the command that fills the grid of a preset, as readers may give it."""
+    settings = [task.settings for task in PRESETS[preset].values()]
+    glue = " --glue_dir GLUE" if any(entry.get("task") for entry in settings) else ""
+    text = " --text_file shakespeare.txt" if any(entry.get("file") for entry in settings) else ""
+    return f"python scripts/compare.py --preset {preset}{glue}{text}"
 
 
 def run_grid(tasks: Mapping[str, Task], args: argparse.Namespace, sources: Sources) -> None:

@@ -63,7 +63,7 @@ class Cell:
 class Comparison:
     """The results below a folder, by task and candidate."""
 
-    def __init__(self, output_dir: Path, labels: Mapping[str, str]) -> None:
+    def __init__(self, output_dir: Path, labels: Mapping[str, str], tasks: Sequence[str]) -> None:
         found = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(output_dir.glob(f"*/*/seed_*/{RESULTS}"))
@@ -74,7 +74,11 @@ class Comparison:
         self.all = found
         self.runs = [run for run in found if not run["calibration"]]
         self.calibrations = [run for run in found if run["calibration"]]
-        self.tasks = list(dict.fromkeys(run["task"] for run in found))
+        of_tasks = {run["task"] for run in found}
+        if not of_tasks <= set(tasks):
+            others = ", ".join(sorted(of_tasks - set(tasks)))
+            raise UsageError(f"{output_dir} holds results of another preset's tasks: {others}")
+        self.tasks = [task for task in tasks if task in of_tasks]
         present = {run["candidate"] for run in self.runs}
         self.labels = {name: label for name, label in labels.items() if name in present}
 
@@ -98,17 +102,21 @@ class Comparison:
         return {candidate: Cell.of(found, name) for candidate, found in runs.items() if found}
 
 
-def write_report(output_dir: Path, labels: Mapping[str, str]) -> None:
+def write_report(
+    output_dir: Path, labels: Mapping[str, str], tasks: Sequence[str], command: str
+) -> None:
     """Write `README.md`, its plots and the model cards into `output_dir`.
 
     Args:
         output_dir: Where the results are.
         labels: Candidate -> what readers call it, in the order of the columns.
+        tasks: The tasks in the order of the rows.
+        command: What repeats the comparison.
 
     Raises:
-        UsageError: There are no results.
+        UsageError: There are no results, or some of other tasks.
     """
-    comparison = Comparison(output_dir, labels)
+    comparison = Comparison(output_dir, labels, tasks)
     draw_curves(comparison, "loss")
     draw_curves(comparison, "metric")
     draw_step_sizes(comparison)
@@ -119,6 +127,7 @@ def write_report(output_dir: Path, labels: Mapping[str, str]) -> None:
         "Written by `scripts/compare.py report` from the `results.json` of each run below this "
         "folder. Means over the seeds ± their standard error; **bold** is the best mean of a row; "
         "*failed*: a run ended in an error or a loss that is not finite.",
+        f"```bash\n{command}\n```",
         "## Peak metric",
         "The best of the evaluations in a run, of held-out data. ↓: lower is better.",
         *metric_table(comparison),

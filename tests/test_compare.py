@@ -244,7 +244,7 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert results["error"] == "FloatingPointError: 20 steps in a row were skipped"
     assert "losses" not in results
     carry_out(prose_run(tmp_path, "salsa_sgd"))
-    comparison_report.write_report(tmp_path, LABELS)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "command")
     report = (tmp_path / "README.md").read_text()
     assert "| failed |" in report
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
@@ -387,20 +387,33 @@ def test_results_of_other_settings_are_refused(tmp_path):
             "compare.py: error: mrpc needs nowhere/MRPC/train.tsv and nowhere/MRPC/dev.tsv",
         ),
         (["report"], "holds no results of compare.py"),
+        (["--preset", "smok"], "invalid choice: 'smok'"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_run(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        compare.main(["--output_dir", str(tmp_path / "out"), *flags])
+        compare.main(["--preset", "smoke", "--output_dir", str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_report_of_another_presets_results_is_refused(tmp_path, capsys):
+    write_results(tmp_path, "salsa_adam", 0)
+    with pytest.raises(SystemExit):
+        compare.main(["report", "--preset", "cpu", "--output_dir", str(tmp_path)])
+    assert "holds results of another preset's tasks: prose" in capsys.readouterr().err
+
+
+def test_commands_that_repeat_a_comparison():
+    assert compare.command_of("smoke") == "python scripts/compare.py --preset smoke"
+    assert compare.command_of("cpu").endswith(" --glue_dir GLUE --text_file shakespeare.txt")
 
 
 def test_a_missing_rival_is_named(tmp_path, monkeypatch, capsys):
     missing = dataclasses.replace(CANDIDATES["prodigy"], package="no-such-package")
     monkeypatch.setitem(CANDIDATES, "prodigy", missing)
     with pytest.raises(SystemExit):
-        compare.main(["--output_dir", str(tmp_path)])
+        compare.main(["--preset", "smoke", "--output_dir", str(tmp_path)])
     assert "prodigy needs no-such-package: pip install hf_salsa[compare]" in capsys.readouterr().err
 
 
@@ -462,10 +475,10 @@ def test_tables_by_hand(tmp_path):
             rate=rate,
             peak_metric=metric,
         )
-    comparison_report.write_report(
-        tmp_path, {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
-    )
+    labels = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
+    comparison_report.write_report(tmp_path, labels, tuple(SMOKE), "the command")
     report = (tmp_path / "README.md").read_text()
+    assert "```bash\nthe command\n```" in report
     tables = {}
     for section in report.split("\n## ")[1:]:
         title, *lines = section.split("\n")
@@ -496,7 +509,7 @@ def test_a_task_that_is_not_complete_counts_in_no_average(tmp_path):
     write_results(tmp_path, "adam", 0)
     write_results(tmp_path, "adam", 0, task="probe")
     write_results(tmp_path, "salsa_adam", 0, task="probe")
-    comparison = Comparison(tmp_path, {"adam": "Adam", "salsa_adam": "SaLSa"})
+    comparison = Comparison(tmp_path, {"adam": "Adam", "salsa_adam": "SaLSa"}, tuple(SMOKE))
     (table,) = comparison_report.loss_table(comparison)
     assert "log-average (1 tasks)" in table
     assert "| Prose ↓ | 1 | **1.0000** |  |" in table
