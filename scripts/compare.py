@@ -678,7 +678,9 @@ def train(run: Run, prepared: Prepared) -> dict[str, Any]:
     record = {
         "updates": trainer.state.global_step,
         "final_training_loss": sum(last_tenth) / len(last_tenth),
-        "peak_metric": best(entry["metric"] for entry in evaluations),
+        "peak_metric": best(
+            filter(math.isfinite, (e["metric"] for e in evaluations)), default=None
+        ),
         "final_metric": evaluations[-1]["metric"],
         "seconds": stopwatch.seconds,
         "cpu_seconds": stopwatch.cpu_seconds,

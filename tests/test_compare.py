@@ -250,6 +250,23 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
 
 
+def test_the_peak_is_the_best_that_is_finite(tmp_path, monkeypatch):
+    """A run that diverges was good before; its final loss is missing, and counts as a failure."""
+    evaluate = compare.ComparisonTrainer.evaluate
+    losses = iter([3.0, 2.0, math.nan, math.nan])
+
+    def diverging(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        self.state.log_history[-1]["eval_loss"] = next(losses)
+        return metrics
+
+    monkeypatch.setattr(compare.ComparisonTrainer, "evaluate", diverging)
+    results = carry_out(prose_run(tmp_path, "salsa_sgd"))
+    assert [entry["loss"] for entry in results["evaluations"]] == [3.0, 2.0, None, None]
+    assert results["peak_metric"] == pytest.approx(2.0, rel=0.2)  # per character
+    assert results["final_metric"] is None
+
+
 def test_a_loss_that_is_not_finite_is_recorded_as_missing():
     recorded = compare._plain({"losses": [1.0, math.nan, math.inf, 123456.789], "n": 3})
     assert recorded == {"losses": [1.0, None, None, 123460.0], "n": 3}
