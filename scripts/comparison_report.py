@@ -415,9 +415,10 @@ def draw_seconds(comparison: Comparison) -> None:
         axis.set_ylabel("seconds of training")
         axis.set_xlabel("")
         axis.set_xticks([])
+        cells = comparison.cells(task, "seconds")
         for position, (candidate, label) in enumerate(comparison.labels.items()):
-            cell = Cell.of(comparison.of(task, candidate), "seconds")
-            if cell.seeds and not math.isnan(cell.mean):
+            cell = cells.get(candidate)
+            if cell is not None and not math.isnan(cell.mean):
                 axis.bar(position, cell.mean, yerr=cell.error, label=label, color=colour[candidate])
     save(figure, comparison, "seconds")
 

@@ -530,3 +530,15 @@ def test_a_task_that_is_not_complete_counts_in_no_average(tmp_path):
     (table,) = comparison_report.loss_table(comparison)
     assert "log-average (1 tasks)" in table
     assert "| Prose ↓ | 1 | **1.0000** |  |" in table
+
+
+def test_a_report_of_calibrations_alone(tmp_path):
+    """While the grid is being filled."""
+    folder = f"{CALIBRATED}_at_0.001"
+    write_results(tmp_path, CALIBRATED, 100, folder=folder, rate=1e-3, peak_metric=1.25)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command")
+    report = (tmp_path / "README.md").read_text()
+    assert "| Prose | 1.2500 / 1.0000 |" in report
+    write_results(tmp_path, "salsa_adam", 0, task="digits")
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command")
+    assert "| Digits | 1 | **1.0000** |" in (tmp_path / "README.md").read_text()
