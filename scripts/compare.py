@@ -692,8 +692,8 @@ def train(run: Run, prepared: Prepared) -> dict[str, Any]:
         "step_sizes": [entry["learning_rate"] for entry in updates],
     }
     if run.candidate_name in OPTIMIZERS:
-        title = f"{run.task.title}, {run.candidate_name}, seed {run.seed}"
-        trainer.create_model_card(model_name=title, **prepared.card)
+        name = f"{run.task_name}-{run.candidate_name}-seed-{run.seed}"
+        trainer.create_model_card(model_name=name, **prepared.card)
         record["card"] = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     if isinstance(trainer.optimizer.optimizer, AuthorsOptimizer):
         state = trainer.optimizer.optimizer.package.state

@@ -79,6 +79,8 @@ class Comparison:
             others = ", ".join(sorted(of_tasks - set(tasks)))
             raise UsageError(f"{output_dir} holds results of another preset's tasks: {others}")
         self.tasks = [task for task in tasks if task in of_tasks]
+        compared = {run["task"] for run in self.runs}
+        self.compared = [task for task in self.tasks if task in compared]
         present = {run["candidate"] for run in self.runs}
         self.labels = {name: label for name, label in labels.items() if name in present}
 
@@ -117,10 +119,12 @@ def write_report(
         UsageError: There are no results, or some of other tasks.
     """
     comparison = Comparison(output_dir, labels, tasks)
-    draw_curves(comparison, "loss")
-    draw_curves(comparison, "metric")
-    draw_step_sizes(comparison)
-    draw_seconds(comparison)
+    if comparison.compared:
+        draw_curves(comparison, "loss")
+        draw_curves(comparison, "metric")
+        draw_step_sizes(comparison)
+        draw_seconds(comparison)
+    plots = PLOTS if comparison.compared else {}
     cards = write_cards(comparison)
     sections = [
         "# Comparison",
@@ -138,7 +142,7 @@ def write_report(
         "Seconds inside training steps, by the clock; evaluations are left out. In parentheses the "
         "forward passes that the line search added.",
         *seconds_table(comparison),
-        *(f"![{name.replace('_', ' ')}]({file})" for name, file in PLOTS.items()),
+        *(f"![{name.replace('_', ' ')}]({file})" for name, file in plots.items()),
         "## AdamW's peak rate",
         "Warm-up over a tenth of the run, then cosine. Found on seeds that the tables above do not "
         "use: peak metric / final training loss. The best metric is chosen.",
@@ -146,11 +150,14 @@ def write_report(
         "## Budgets",
         *budget_table(comparison),
         *failure_list(comparison),
-        "## Model cards",
-        "Of the line search with the best mean on each task, its best seed: "
-        + ", ".join(f"[{comparison.title(task)}]({task}/README.md)" for task in cards)
-        + ".",
     ]
+    if cards:
+        links = [f"[{comparison.title(task)}]({task}/README.md)" for task in cards]
+        sections += [
+            "## Model cards",
+            "Of the line search with the best mean on each task, its best seed: "
+            f"{', '.join(links)}.",
+        ]
     (output_dir / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -226,9 +233,9 @@ def log_average(values: Sequence[float]) -> float:
 
 
 def metric_table(comparison: Comparison) -> list[str]:
-    found = {task: comparison.cells(task, "peak_metric") for task in comparison.tasks}
-    lower = {task: comparison.lower_is_better(task) for task in comparison.tasks}
-    rows = [grid_row(comparison, t, cells, 4, lower[t]) for t, cells in found.items() if cells]
+    found = {task: comparison.cells(task, "peak_metric") for task in comparison.compared}
+    lower = {task: comparison.lower_is_better(task) for task in comparison.compared}
+    rows = [grid_row(comparison, t, cells, 4, lower[t]) for t, cells in found.items()]
     higher = [cells for task, cells in found.items() if not lower[task]]
     rows.append(average_row(comparison, "average, losses left out", higher, statistics.fmean))
     rows.append(rank_row(comparison, [(cells, lower[task]) for task, cells in found.items()]))
@@ -237,8 +244,8 @@ def metric_table(comparison: Comparison) -> list[str]:
 
 
 def loss_table(comparison: Comparison) -> list[str]:
-    found = [(task, comparison.cells(task, "final_training_loss")) for task in comparison.tasks]
-    rows = [grid_row(comparison, task, cells, 4, True) for task, cells in found if cells]
+    found = [(task, comparison.cells(task, "final_training_loss")) for task in comparison.compared]
+    rows = [grid_row(comparison, task, cells, 4, True) for task, cells in found]
     rows.append(average_row(comparison, "log-average", [c for _, c in found], log_average))
     rows.append(rank_row(comparison, [(cells, True) for _, cells in found]))
     head = ["", "seeds", *comparison.labels.values()]
@@ -247,10 +254,10 @@ def loss_table(comparison: Comparison) -> list[str]:
 
 def seconds_table(comparison: Comparison) -> list[str]:
     rows = []
-    for task in comparison.tasks:
+    for task in comparison.compared:
         seconds = comparison.cells(task, "seconds")
         extra = comparison.cells(task, "extra_forward_passes")
-        row = [comparison.title(task), seeds_of(seconds) if seconds else ""]
+        row = [comparison.title(task), seeds_of(seconds)]
         for candidate in comparison.labels:
             text = seconds[candidate].show(0) if candidate in seconds else ""
             passes = extra[candidate].mean if candidate in extra else 0
@@ -325,13 +332,13 @@ def smoothed(values: Sequence[float | None]) -> np.ndarray:
 
 
 def panels(comparison: Comparison) -> tuple[Any, dict[str, Any]]:
-    """Return a figure with one axis for each task."""
-    columns = min(3, len(comparison.tasks))
-    rows = math.ceil(len(comparison.tasks) / columns)
+    """Return a figure with one axis for each task that was compared."""
+    columns = min(3, len(comparison.compared))
+    rows = math.ceil(len(comparison.compared) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.6 * rows + 0.9), squeeze=False
+        rows, columns, figsize=(max(9.2, 4.6 * columns), 3.6 * rows + 0.9), squeeze=False
     )
-    by_task = dict(zip(comparison.tasks, axes.flat, strict=False))
+    by_task = dict(zip(comparison.compared, axes.flat, strict=False))
     for axis in axes.flat[len(by_task) :]:
         axis.remove()
     for task, axis in by_task.items():
@@ -364,7 +371,8 @@ def draw_curves(comparison: Comparison, name: str) -> None:
     for task, axis in axes.items():
         settings = comparison.settings(task)
         axis.set_ylabel("training loss" if name == "loss" else METRIC_NAMES[settings["metric"]])
-        highest = 0.0
+        if name == "loss":
+            axis.set_yscale("log")
         for candidate, label in comparison.labels.items():
             finished = [r for r in comparison.of(task, candidate) if r["status"] == "finished"]
             if not finished:
@@ -384,9 +392,6 @@ def draw_curves(comparison: Comparison, name: str) -> None:
                 axis.fill_between(
                     x, mean - error, mean + error, color=colour[candidate], alpha=0.2, linewidth=0
                 )
-            highest = max(highest, np.nanmax(mean[: max(1, len(mean) // 10)], initial=0.0))
-        if name == "loss" and highest:
-            axis.set_ylim(top=1.1 * np.nanmedian([l.get_ydata()[0] for l in axis.get_lines()]))
     save(figure, comparison, name)
 
 
@@ -429,7 +434,7 @@ def draw_seconds(comparison: Comparison) -> None:
 def write_cards(comparison: Comparison) -> list[str]:
     """Write the card of each task's best line search; return the tasks that have one."""
     written = []
-    for task in comparison.tasks:
+    for task in comparison.compared:
         lower = comparison.lower_is_better(task)
         sign = 1 if lower else -1
         cells = {
