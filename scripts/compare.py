@@ -135,8 +135,8 @@ _image = partial(
 )
 
 
-# GLUE on two cores: short sentences, few updates.
-_small_glue = partial(_glue, group_by_length=True)
+# GLUE on two cores: short sentences, small batches, one epoch.
+_small_glue = partial(_glue, batch_size=16, group_by_length=True)
 _SMALL = {"model": MINILM, "max_seq_length": 64}
 
 
@@ -178,22 +178,19 @@ PRESETS: dict[str, dict[str, Task]] = {
         ),
     },
     "cpu": {
-        "mrpc": _small_glue("MRPC", "accuracy", batch_size=16, settings={"task": "mrpc", **_SMALL}),
+        "mrpc": _small_glue("MRPC", "accuracy", settings={"task": "mrpc", **_SMALL}),
         "sst2": _small_glue(
             "SST-2",
             "accuracy",
-            batch_size=32,
-            settings={"task": "sst2", "max_train_samples": 9600, **_SMALL},
+            settings={"task": "sst2", "max_train_samples": 4800, **_SMALL},
         ),
-        "cola": _small_glue(
-            "CoLA",
-            "matthews_correlation",
-            batch_size=32,
-            epochs=2.0,
-            settings={"task": "cola", **_SMALL},
-        ),
+        "cola": _small_glue("CoLA", "matthews_correlation", settings={"task": "cola", **_SMALL}),
         "rte": _small_glue(
-            "RTE", "accuracy", batch_size=16, settings={"task": "rte", **_SMALL}, seeds=(0,)
+            "RTE",
+            "accuracy",
+            settings={"task": "rte", **_SMALL},
+            seeds=(0,),
+            calibration_seeds=(100,),
         ),
         "shakespeare": _text(
             "Shakespeare",
