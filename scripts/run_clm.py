@@ -54,9 +54,9 @@ from script_utils import (
     UsageError,
     check_processes,
     evaluation_at_start,
-    interruptible,
     prepare_output_dir,
     print_closing_report,
+    train_and_evaluate,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -459,15 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             characters_per_token=validation.characters_per_token,
         )
 
-    with interruptible(trainer):
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.save_state()
+    train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
     trainer.create_model_card(**_card_settings(data_args, name))
 
     if embedded and training_args.world_size == 1:

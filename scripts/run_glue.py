@@ -42,10 +42,11 @@ from script_utils import (
     ScriptArgumentParser,
     UsageError,
     check_processes,
+    check_sample_limits,
     evaluation_at_start,
-    interruptible,
     prepare_output_dir,
     print_closing_report,
+    train_and_evaluate,
 )
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
@@ -226,10 +227,7 @@ class DataArguments:
             raise ValueError("own data needs both a train_file and a validation_file")
         if self.text_columns and len(self.text_columns) > 2:
             raise ValueError(f"text_columns takes one or two columns, got {self.text_columns}")
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sample_limits(self)
 
 
 # Every loader below returns the splits train and validation (MNLI: validation_matched and
@@ -675,15 +673,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compute_metrics=make_compute_metrics(config_name),
         )
 
-    with interruptible(trainer):
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.save_state()
+    train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
     trainer.create_model_card(**_card_settings(data_args))
 
     shown = ("loss", *METRIC_NAMES[config_name])

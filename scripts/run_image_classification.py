@@ -51,10 +51,11 @@ from script_utils import (
     ScriptArgumentParser,
     UsageError,
     check_processes,
+    check_sample_limits,
     evaluation_at_start,
-    interruptible,
     prepare_output_dir,
     print_closing_report,
+    train_and_evaluate,
 )
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -251,10 +252,7 @@ class DataArguments:
         for name in ("dataset_config_name", "image_column", "label_column"):
             if getattr(self, name) and not self.dataset_name:
                 raise ValueError(f"{name} needs a dataset_name")
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sample_limits(self)
         if self.horizontal_flip is None:
             self.horizontal_flip = not is_embedded(self)
 
@@ -807,15 +805,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             callbacks=[EpochCallback(train)],
         )
 
-    with parser.user_errors(), interruptible(trainer):  # images are read while it trains
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.save_state()
+    with parser.user_errors():  # images are read while it trains
+        train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
     trainer.create_model_card(**_card_settings(data_args))
 
     print_closing_report(

@@ -133,6 +133,18 @@ def check_processes(world_size: int) -> None:
         raise UsageError(f"{launched} processes on a machine without a GPU need --use_cpu true")
 
 
+def check_sample_limits(args: Any) -> None:
+    """Refuse a `max_train_samples` or `max_eval_samples` below 1.
+
+    Args:
+        args: Data arguments that have both.
+    """
+    for name in ("max_train_samples", "max_eval_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint in `output_dir`."""
     # Trainer writes trainer_state.json last: a folder without it was interrupted half-way.
@@ -190,25 +202,41 @@ def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     return None
 
 
-@contextmanager
-def interruptible(trainer: Trainer) -> Iterator[None]:
-    """On Ctrl-C in the block: say in one line how to resume, and exit with status 130."""
+def train_and_evaluate(
+    trainer: Trainer, checkpoint: str | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train, save the model and evaluate; print, save and return the metrics of both.
+
+    On Ctrl-C: say in one line how to resume, and exit with status 130.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The checkpoint to resume from.
+    """
     try:
-        yield
+        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        trainer.save_state()
     except KeyboardInterrupt:
-        checkpoint = last_checkpoint(trainer.args.output_dir)
-        if checkpoint is None:
+        last = last_checkpoint(trainer.args.output_dir)
+        if last is None:
             advice = (
                 "No checkpoint was saved yet (--save_strategy steps --save_steps N saves more "
                 "often); start again with --overwrite_output_dir."
             )
         else:
             advice = (
-                f"The last checkpoint is {checkpoint}; to resume, give the same command with "
+                f"The last checkpoint is {last}; to resume, give the same command with "
                 "--resume_from_checkpoint true."
             )
         print(f"\nInterrupted at step {trainer.state.global_step}. {advice}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
+    return train_metrics, metrics
 
 
 def evaluation_at_start(trainer: Trainer) -> dict[str, float]:

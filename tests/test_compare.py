@@ -8,14 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import compare
 import comparison_report
+import pytest
 from compare import CALIBRATED, CANDIDATES, PRESETS, Run, Sources
 from comparison_report import Cell, Comparison
 from script_utils import UsageError

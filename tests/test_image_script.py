@@ -1,14 +1,13 @@
 """run_image_classification.py as its users see it."""
 
+import functools
 import json
 import math
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
 import pytest
+import run_image_classification as script
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image, ImageOps
@@ -27,57 +26,25 @@ from transformers import (
 
 from hf_salsa import BatchObjective, SaLSaAdam, SaLSaTrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import run_image_classification as script
-
-COMMON_FLAGS = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2"]
-FLAGS = [*COMMON_FLAGS, "--max_train_samples", "48", "--max_eval_samples", "40"]
+FLAGS = ["--max_train_samples", "48", "--max_eval_samples", "40"]
 FLAGS += ["--per_device_train_batch_size", "8"]
 SmallStem = script.SmallStemResNetForImageClassification
 DIGITS = ClassLabel(num_classes=10)
 
 
-class Result(NamedTuple):
-    """What one run of the script left behind."""
-
-    folder: Path
-    stdout: str
-
-    def json(self, name):
-        return json.loads((self.folder / name).read_text())
-
-    def log(self, key):
-        """The values of `key` in the log, in order."""
-        history = self.json("trainer_state.json")["log_history"]
-        return [entry[key] for entry in history if key in entry]
-
-
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(run_script):
     """Runs the script's main; flags given later win over the tiny settings."""
-
-    def run(*flags, output_dir="out"):
-        folder = tmp_path / output_dir
-        script.main(["--output_dir", str(folder), *FLAGS, *map(str, flags)])
-        return Result(folder, capsys.readouterr().out)
-
-    return run
+    return functools.partial(run_script, script, *FLAGS)
 
 
 @pytest.fixture
-def error(tmp_path, capsys):
-    """Runs the script with wrong flags and returns its one line of complaint."""
+def error(error):
+    """Runs the script with wrong flags and returns its complaint."""
 
     def run(*flags):
-        with pytest.raises(SystemExit) as exit_:
-            script.main(["--output_dir", str(tmp_path / "out"), *COMMON_FLAGS, *map(str, flags)])
-        message = capsys.readouterr().err
-        assert exit_.value.code == 2
-        assert message.startswith("run_image_classification.py: error: ")
-        assert message.count("\n") == 1
-        assert not (tmp_path / "out" / "trainer_state.json").exists()
-        return message.removeprefix("run_image_classification.py: error: ").removesuffix("\n")
+        prefix = "run_image_classification.py: error: "
+        return error(script, *flags).removeprefix(prefix).removesuffix("\n")
 
     return run
 

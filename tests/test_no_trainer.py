@@ -10,6 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import run_clm
+import run_glue
+import run_glue_no_trainer as script
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -19,12 +22,6 @@ from transformers import (
     BertForSequenceClassification,
     set_seed,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import run_clm
-import run_glue
-import run_glue_no_trainer as script
 
 ROOT = Path(__file__).parents[1]
 # 44 examples in batches of 8: the last batch of an epoch, and the last update, are smaller.

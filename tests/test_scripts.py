@@ -14,8 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import run_clm
+import run_glue
 import torch
+from conftest import SCRIPT_FLAGS, ScriptResult
+from embedded_data import bigram_shift_pairs, python_documentation, sentences
+from glue_metric import METRIC_NAMES, GlueMetric
 from safetensors.torch import load_file
+from script_utils import UsageError, check_processes
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,75 +33,22 @@ from transformers import (
 
 from hf_salsa import BatchObjective
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import run_clm
-import run_glue
-from embedded_data import bigram_shift_pairs, python_documentation, sentences
-from glue_metric import METRIC_NAMES, GlueMetric
-from script_utils import UsageError, check_processes
-
 SCRIPTS = Path(run_clm.__file__).parent
-COMMON_FLAGS = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2"]
-GLUE_FLAGS = [*COMMON_FLAGS, "--max_train_samples", "32", "--max_eval_samples", "16"]
+GLUE_FLAGS = ["--max_train_samples", "32", "--max_eval_samples", "16"]
 TINY_GPT2 = "n_layer=1,n_head=2,n_embd=16"
-CLM_FLAGS = [*COMMON_FLAGS, "--config_overrides", TINY_GPT2, "--block_size", "32"]
-
-
-class Result(NamedTuple):
-    """What one run of a script left behind."""
-
-    folder: Path
-    stdout: str
-
-    def json(self, name):
-        return json.loads((self.folder / name).read_text())
-
-    def log(self, key):
-        """The values of `key` in the log, in order."""
-        history = self.json("trainer_state.json")["log_history"]
-        return [entry[key] for entry in history if key in entry]
+CLM_FLAGS = ["--config_overrides", TINY_GPT2, "--block_size", "32"]
 
 
 @pytest.fixture
-def glue(tmp_path, capsys):
+def glue(run_script):
     """Runs run_glue.py's main; flags given later win over the tiny settings."""
-
-    def run(*flags, output_dir="out"):
-        folder = tmp_path / output_dir
-        run_glue.main(["--output_dir", str(folder), *GLUE_FLAGS, *map(str, flags)])
-        return Result(folder, capsys.readouterr().out)
-
-    return run
+    return functools.partial(run_script, run_glue, *GLUE_FLAGS)
 
 
 @pytest.fixture
-def clm(tmp_path, capsys):
+def clm(run_script):
     """Runs run_clm.py's main, likewise."""
-
-    def run(*flags, output_dir="out"):
-        folder = tmp_path / output_dir
-        run_clm.main(["--output_dir", str(folder), *CLM_FLAGS, *map(str, flags)])
-        return Result(folder, capsys.readouterr().out)
-
-    return run
-
-
-@pytest.fixture
-def error(tmp_path, capsys):
-    """Runs a script with wrong flags and returns its one line of complaint."""
-
-    def run(script, *flags):
-        with pytest.raises(SystemExit) as exit_:
-            script.main(["--output_dir", str(tmp_path / "out"), *COMMON_FLAGS, *map(str, flags)])
-        message = capsys.readouterr().err
-        assert exit_.value.code == 2
-        assert message.startswith(f"{script.__name__}.py: error: ")
-        assert message.count("\n") == 1
-        assert not (tmp_path / "out" / "trainer_state.json").exists()
-        return message
-
-    return run
+    return functools.partial(run_script, run_clm, *CLM_FLAGS)
 
 
 @pytest.fixture(scope="session")
@@ -583,7 +536,7 @@ def test_settings_from_a_yaml_file(tmp_path, capsys, bert_folder):
         "salsa_c: 0.2\neval_on_start: false\ndisable_tqdm: true\n"
     )
     run_glue.main([str(settings), "--max_steps", "1"])  # a flag wins
-    result = Result(tmp_path / "out", capsys.readouterr().out)
+    result = ScriptResult(tmp_path / "out", capsys.readouterr().out)
     assert result.json("trainer_state.json")["global_step"] == 1
     assert "Before training" not in result.stdout
     assert "SaLSaSGD with c=0.2" in (result.folder / "README.md").read_text()
@@ -715,7 +668,7 @@ def test_ctrl_c_in_a_real_process(tmp_path, glue, bert_folder):
     process = subprocess.Popen(
         [
             *(sys.executable, str(SCRIPTS / "run_glue.py"), "--output_dir", str(folder)),
-            *(*GLUE_FLAGS, *flags, "--max_steps", "1000000"),
+            *(*SCRIPT_FLAGS, *GLUE_FLAGS, *flags, "--max_steps", "1000000"),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -761,7 +714,7 @@ def files_in(folder):
 def test_output_dir_in_use_is_refused(earlier_run, capsys, script):
     before = files_in(earlier_run)
     with pytest.raises(SystemExit) as exit_:
-        script.main(["--output_dir", str(earlier_run), *COMMON_FLAGS])
+        script.main(["--output_dir", str(earlier_run), *SCRIPT_FLAGS])
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert f"output_dir {earlier_run} is not empty" in message
@@ -785,7 +738,7 @@ def test_overwrite_waits_until_the_data_is_there(earlier_run, capsys, script):
     with pytest.raises(SystemExit):
         script.main(
             [
-                *("--output_dir", str(earlier_run), *COMMON_FLAGS, "--overwrite_output_dir"),
+                *("--output_dir", str(earlier_run), *SCRIPT_FLAGS, "--overwrite_output_dir"),
                 *("--train_file", "no.csv"),
                 *(["--validation_file", "no.csv"] if script is run_glue else []),
             ]
@@ -891,11 +844,11 @@ def test_held_out_metrics_by_hand(clm, text_file, flags):
 
 def test_clm_fine_tunes_what_it_saved(clm, tmp_path, text_file):
     first = clm("--train_file", text_file, "--vocab_size", 300, output_dir="first")
-    flags = ["--output_dir", str(tmp_path / "second"), *COMMON_FLAGS, "--optim", "salsa_sgd"]
+    flags = ["--output_dir", str(tmp_path / "second"), *SCRIPT_FLAGS, "--optim", "salsa_sgd"]
     run_clm.main(
         [*flags, "--train_file", str(text_file), "--model_name_or_path", str(first.folder)]
     )
-    second = Result(tmp_path / "second", "")
+    second = ScriptResult(tmp_path / "second", "")
     assert second.log("eval_loss")[0] == pytest.approx(first.log("eval_loss")[-1], rel=1e-6)
     assert second.json("config.json")["n_layer"] == 1
     card = (second.folder / "README.md").read_text()
@@ -947,9 +900,9 @@ def test_clm_baseline(clm, text_file):
 
 def test_clm_block_size_by_default(text_file, clm, tmp_path):
     flags = ("--train_file", text_file, "--tokenizer", "bytes", "--max_steps", "1")
-    scratch = [*COMMON_FLAGS, "--config_overrides", TINY_GPT2, *map(str, flags)]
+    scratch = [*SCRIPT_FLAGS, "--config_overrides", TINY_GPT2, *map(str, flags)]
     run_clm.main(["--output_dir", str(tmp_path / "scratch"), *scratch])
-    result = Result(tmp_path / "scratch", "")
+    result = ScriptResult(tmp_path / "scratch", "")
     assert result.json("config.json")["n_positions"] == 128
     assert result.json("tokenizer_config.json")["model_max_length"] == 128
 
@@ -1015,6 +968,6 @@ def test_clm_file_without_text(error, tmp_path, content):
 @pytest.mark.slow
 def test_mistake_in_a_real_process():
     command = [sys.executable, str(SCRIPTS / "run_clm.py"), "--train_file", "nowhere.txt"]
-    process = subprocess.run([*command, *COMMON_FLAGS], capture_output=True, text=True, check=False)
+    process = subprocess.run([*command, *SCRIPT_FLAGS], capture_output=True, text=True, check=False)
     assert process.returncode == 2
     assert process.stderr == "run_clm.py: error: nowhere.txt: no such file\n"
