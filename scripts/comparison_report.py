@@ -139,8 +139,9 @@ def write_report(
         "The mean over the last tenth of the updates.",
         *loss_table(comparison),
         "## Time",
-        "Seconds inside training steps, by the clock; evaluations are left out. In parentheses the "
-        "forward passes that the line search added.",
+        "Seconds inside training steps, evaluations left out: by the clock / of the processor, "
+        "without what else the machine did. In parentheses the forward passes that the line search "
+        "added.",
         *seconds_table(comparison),
         *(f"![{name.replace('_', ' ')}]({file})" for name, file in plots.items()),
         "## AdamW's peak rate",
@@ -256,10 +257,13 @@ def seconds_table(comparison: Comparison) -> list[str]:
     rows = []
     for task in comparison.compared:
         seconds = comparison.cells(task, "seconds")
+        processor = comparison.cells(task, "cpu_seconds")
         extra = comparison.cells(task, "extra_forward_passes")
         row = [comparison.title(task), seeds_of(seconds)]
         for candidate in comparison.labels:
-            text = seconds[candidate].show(0) if candidate in seconds else ""
+            text = ""
+            if candidate in seconds:
+                text = f"{seconds[candidate].show(0)} / {processor[candidate].show(0)}"
             passes = extra[candidate].mean if candidate in extra else 0
             row.append(f"{text} ({passes:.0f})" if passes > 0 else text)
         rows.append(row)
@@ -413,14 +417,19 @@ def draw_step_sizes(comparison: Comparison) -> None:
 
 
 def draw_seconds(comparison: Comparison) -> None:
-    """Draw the seconds of each candidate as bars."""
+    """Draw the seconds of each candidate as bars.
+
+    On a CPU those of the processor: the clock's hold what else the machine did.
+    """
+    on_cpu = all(run["device"].startswith("CPU") for run in comparison.runs)
+    name = "cpu_seconds" if on_cpu else "seconds"
     figure, axes = panels(comparison)
     colour = colours(comparison)
     for task, axis in axes.items():
-        axis.set_ylabel("seconds of training")
+        axis.set_ylabel("processor seconds of training" if on_cpu else "seconds of training")
         axis.set_xlabel("")
         axis.set_xticks([])
-        cells = comparison.cells(task, "seconds")
+        cells = comparison.cells(task, name)
         for position, (candidate, label) in enumerate(comparison.labels.items()):
             cell = cells.get(candidate)
             if cell is not None and not math.isnan(cell.mean):

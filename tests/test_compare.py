@@ -322,6 +322,7 @@ def write_results(output_dir, candidate, seed, *, folder=None, task="prose", **v
         "final_training_loss": 1.0,
         "peak_metric": 1.0,
         "seconds": 10.0,
+        "cpu_seconds": 9.0,
         "extra_forward_passes": 0,
         "evaluations": [{"step": 2, "loss": 1.0, "metric": 1.0}],
         "losses": [4.0, 3.0, None, 1.0],
@@ -510,7 +511,7 @@ def test_tables_by_hand(tmp_path):
         "| log-average (2 tasks) |  | 0.8660 | 1.0000 |",
         "| average rank (2 tasks) |  | 1.25 | 1.75 |",
     ]
-    assert tables["Time"][3] == "| Prose | 2 | 10 ± 0 | 10 ± 0 (7) |"
+    assert tables["Time"][3] == "| Prose | 2 | 10 ± 0 / 9 ± 0 | 10 ± 0 / 9 ± 0 (7) |"
     assert tables["AdamW's peak rate"] == [
         "|  | 0.001 | 0.003 |",
         "| --- | --- | --- |",
