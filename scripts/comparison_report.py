@@ -26,6 +26,7 @@ METRIC_NAMES = {
     "accuracy": "accuracy",
     "matthews_correlation": "Matthews correlation",
     "loss_per_character": "held-out loss per character",
+    "spearmanr": "Spearman correlation",
 }
 SMOOTHING = 20  # curves of the loss are averaged over this fraction of the run, 1/20
 Results = dict[str, Any]
@@ -136,7 +137,8 @@ def write_report(
         "The best of the evaluations in a run, of held-out data. ↓: lower is better.",
         *metric_table(comparison),
         "## Final training loss",
-        "The mean over the last tenth of the updates.",
+        "The mean over the last tenth of the updates. Of language models it is the sum over the "
+        "predicted tokens of a block divided by all of its tokens, as `Trainer` counts them.",
         *loss_table(comparison),
         "## Time",
         "Seconds inside training steps, evaluations left out: by the clock / of the processor, "

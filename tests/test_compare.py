@@ -12,6 +12,7 @@ import time
 import compare
 import comparison_report
 import pytest
+import torch
 from compare import CALIBRATED, CANDIDATES, PRESETS, Run, Sources
 from comparison_report import Cell, Comparison
 from script_utils import UsageError
@@ -298,6 +299,38 @@ def test_paper_candidates_follow_the_papers_schedule(tmp_path):
     arguments = Run("mrpc", flat, CALIBRATED, 1e-4, 0, tmp_path).arguments
     assert arguments["lr_scheduler_type"] == "cosine"
     assert Run("mrpc", task, "salsa_sgd", None, 0, tmp_path).arguments == {"optim": "salsa_sgd"}
+
+
+def test_fine_tuning_starts_from_weights_of_the_other_half(tmp_path):
+    compare.be_quiet()
+    settings = SMOKE["prose"].settings | {
+        "pretraining": {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    }
+    sources = Sources(pretrained_dir=str(tmp_path))
+    scratch = compare.load_text(sources, **SMOKE["prose"].settings)
+    prepared = compare.load_text(sources, **settings)
+    (folder,) = tmp_path.iterdir()
+    written = folder.stat().st_mtime_ns
+    again = compare.load_text(sources, **settings)
+    assert folder.stat().st_mtime_ns == written  # it was not trained again
+    weights = [prepared.make_model().state_dict(), again.make_model().state_dict()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    def loss(model):
+        inputs = torch.tensor(prepared.validation["input_ids"][:])
+        with torch.no_grad():
+            return model.eval()(input_ids=inputs, labels=inputs).loss.item()
+
+    assert loss(prepared.make_model()) < loss(scratch.make_model()) - 0.1
+    train, _ = prepared.make_train(0)
+    text = compare.run_clm.load_texts(compare.run_clm.DataArguments())[0]
+    second_half = text[: SMOKE["prose"].settings["max_characters"]][10_000:]
+    vocabulary = prepared.arguments["processing_class"]
+    assert vocabulary.decode(train["input_ids"][0]) == second_half[:32]
+    assert len(train) == len(second_half) // 32
+    other = settings | {"pretraining": settings["pretraining"] | {"max_steps": 3}}
+    compare.load_text(sources, **other)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # --- the grid -----------------------------------------------------------------------------------
