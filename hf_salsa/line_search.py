@@ -30,6 +30,8 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_search_interval": ("a whole number of steps, at least 1", lambda x: x >= 1),
     "require_decrease": ("True or False", lambda x: True),
     "max_trials": ("a whole number of forward passes, at least 1", lambda x: x >= 1),
+    "cool_down": ("a share of the run, a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "total_steps": ("a whole number of steps, at least 1", lambda x: x >= 1),
     "direction": ("'gradient' or 'momentum'", lambda x: x in ("gradient", "momentum")),
     "betas": (
         "two numbers in [0, 1)",
@@ -42,6 +44,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "max_search_interval": int,
     "max_trials": int,
+    "total_steps": int,
     "require_decrease": bool,
     "direction": str,
     "betas": (tuple, list),
@@ -82,7 +85,7 @@ class SearchState:
     """All that one step hands to the next, as plain scalars.
 
     Attributes:
-        step_size: eta_{k-1}, the step size last applied.
+        step_size: eta_{k-1}, the step size of the last search.
         h: h_{k-1}, the smoothed decrease of the loss (Eq. 5).
         s: s_{k-1}, the smoothed slope (Eq. 5, 7).
         step_size_average_fast: etabar(0.9) of Eq. 8.
@@ -96,6 +99,9 @@ class SearchState:
         failed_searches: Searches that found no step size.
         skipped_steps: Steps not taken because the loss or the gradient was not finite.
         consecutive_skips: How many of them came last in a row.
+        steps: Steps so far, skipped ones too.
+        run_start: `steps` at the start of the run.
+        run_steps: Steps of the run; 0 where they are not known.
     """
 
     step_size: float
@@ -111,6 +117,9 @@ class SearchState:
     failed_searches: int = 0
     skipped_steps: int = 0
     consecutive_skips: int = 0
+    steps: int = 0
+    run_start: int = 0
+    run_steps: int = 0
 
     @property
     def search_due(self) -> bool:
@@ -193,6 +202,22 @@ def first_step_size(settings: SearchSettings, state: SearchState) -> float:
     doublings = (state.steps_since_search + 1) / settings.steps_to_double
     growth = 2 ** min(doublings, sys.float_info.max_exp - 1)
     return min(state.step_size * growth, sys.float_info.max)
+
+
+def cooling(cool_down: float, step: int, total_steps: int) -> float:
+    """Return the factor by which the step size of a step is applied.
+
+    min(1, (T - k) / (cool_down T)): 1, but over the last `cool_down` of the run falling linearly to
+    0 at step T. Should there be steps from T on, they keep the factor of step T - 1.
+
+    Args:
+        cool_down: Share of the run, in [0, 1].
+        step: k, the number of the step: 0, 1, ..., T - 1.
+        total_steps: T, steps of the run.
+    """
+    if cool_down * total_steps == 0:
+        return 1.0
+    return min(1.0, max(1, total_steps - step) / (cool_down * total_steps))
 
 
 def search(

@@ -23,6 +23,7 @@ from .line_search import (
     SearchSettings,
     SearchState,
     check_setting,
+    cooling,
     first_step_size,
     search,
 )
@@ -36,7 +37,7 @@ _SMALLEST_CHUNK = 2**18
 _SETTINGS = tuple(setting.name for setting in fields(SearchSettings))
 _STATE = tuple(entry.name for entry in fields(SearchState))
 # What all parameter groups share: one search, one step size.
-_SHARED = (*_SETTINGS, *_STATE, "direction", "lr")
+_SHARED = (*_SETTINGS, *_STATE, "direction", "cool_down", "lr")
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
@@ -121,10 +122,12 @@ class LineSearchOptimizer(Optimizer):
     pickles.
     """
 
-    def __init__(self, params: ParamsT, **options: Any) -> None:
+    def __init__(self, params: ParamsT, total_steps: int | None, **options: Any) -> None:
         for name, value in options.items():
             check_setting(name, value)
-        state = SearchState(step_size=options["initial_step_size"])
+        if total_steps is not None:
+            check_setting("total_steps", total_steps)
+        state = SearchState(options["initial_step_size"], run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **options, **vars(state)}
         self._reset_transients()
         super().__init__(params, defaults)
@@ -192,7 +195,7 @@ class LineSearchOptimizer(Optimizer):
     @property
     def step_size(self) -> float:
         """The step size last applied; `initial_step_size` before the first search."""
-        return float(self.param_groups[0]["step_size"])
+        return self._applied(self._search_state())
 
     @property
     def search_due(self) -> bool:
@@ -212,6 +215,25 @@ class LineSearchOptimizer(Optimizer):
         """
         state = self._settled_state()
         return Counters(**{total.name: getattr(state, total.name) for total in fields(Counters)})
+
+    def plan(self, total_steps: int, done: int = 0) -> None:
+        """Say how long the run is, by which `cool_down` knows its time.
+
+        `SaLSaTrainer` does it. In a loop of one's own the argument `total_steps` does, unless a
+        second run follows the first.
+
+        Args:
+            total_steps: Calls of `step()` in the run, at least 1.
+            done: How many of them came before now.
+
+        Raises:
+            ValueError: `total_steps` is out of range.
+        """
+        check_setting("total_steps", total_steps)
+        state = self._search_state()
+        self._write_search_state(
+            replace(state, run_start=state.steps - done, run_steps=total_steps)
+        )
 
     def attach(self, objective: Objective | None) -> None:
         """Let `step()` without a closure take loss and re-evaluation from `objective`."""
@@ -313,14 +335,20 @@ class LineSearchOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients. Make the embedding "
                 "with sparse=False."
             )
-        if self.param_groups[0]["lr"] != self.param_groups[0]["step_size"]:
+        state = self._search_state()
+        if self.param_groups[0]["cool_down"] and not state.run_steps:
+            raise RuntimeError(
+                f"{type(self).__name__} cools down over the last part of a run, but the length of "
+                "this one is not known: pass total_steps=..., the number of calls of step() in "
+                "the run, or cool_down=0."
+            )
+        if self.param_groups[0]["lr"] != self._applied(state):
             self._warn_once(
                 "lr",
                 f"Something set lr={self.param_groups[0]['lr']} in the parameter groups of "
                 f"{type(self).__name__} (a learning-rate scheduler?). It is ignored: the line "
                 "search sets the step size. Remove the scheduler.",
             )
-        state = self._search_state()
         norm = objective.gradient_norm if objective else None
         # Finite if and only if the loss and all gradients are.
         witness = (self._norm(params) if norm is None else norm) + (0.0 if loss is None else loss)
@@ -345,8 +373,9 @@ class LineSearchOptimizer(Optimizer):
                 return loss
         else:
             state = replace(state, steps_since_search=state.steps_since_search + 1)
+        state = replace(state, steps=state.steps + 1)
         # Before any search was accepted no step size is known: only the moments move.
-        self._update(state.step_size if state.step_size_known else 0.0, found_inf)
+        self._update(self._applied(state) if state.step_size_known else 0.0, found_inf)
         if found_inf is None:
             state = replace(state, consecutive_skips=0)
         self._write_search_state(state)
@@ -464,6 +493,7 @@ class LineSearchOptimizer(Optimizer):
     def _skip(self, state: SearchState) -> SearchState:
         skipped = replace(
             state,
+            steps=state.steps + 1,
             skipped_steps=state.skipped_steps + 1,
             consecutive_skips=state.consecutive_skips + 1,
         )
@@ -495,7 +525,13 @@ class LineSearchOptimizer(Optimizer):
 
     def _write_search_state(self, state: SearchState) -> None:
         for group in self.param_groups:
-            group.update(vars(state), lr=state.step_size)
+            group.update(vars(state), lr=self._applied(state))
+
+    def _applied(self, state: SearchState) -> float:
+        """Return the step size of the latest step of `state`."""
+        latest = max(0, state.steps - 1 - state.run_start)
+        cool_down = self.param_groups[0]["cool_down"]
+        return float(state.step_size * cooling(cool_down, latest, state.run_steps))
 
     @staticmethod
     def _reproduces(loss: float, replayed: float, epsilon: float) -> bool:
@@ -726,6 +762,11 @@ class SaLSaAdam(LineSearchOptimizer):
         eps: Added to the denominator, above 0.
         weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
         max_trials: Most forward passes of one search, at least 1.
+        cool_down: Share of the run, in [0, 1], over which at its end the step size is applied by a
+            factor that falls linearly from 1 to 0. Searches go on at the full step size. 0, the
+            paper's method, applies it as it is.
+        total_steps: Steps of the run, at least 1, for `cool_down`; `SaLSaTrainer` knows them. None
+            (default): not known, `plan()` will say.
 
     Raises:
         ValueError: An argument is out of range; the message has the range.
@@ -759,9 +800,12 @@ class SaLSaAdam(LineSearchOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_trials: int = 30,
+        cool_down: float = 0.0,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(
             params,
+            total_steps=total_steps,
             c=c,
             beta3=beta3,
             steps_to_double=steps_to_double,
@@ -771,6 +815,7 @@ class SaLSaAdam(LineSearchOptimizer):
             direction=direction,
             require_decrease=require_decrease,
             max_trials=max_trials,
+            cool_down=cool_down,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -873,6 +918,11 @@ class SaLSaSGD(LineSearchOptimizer):
         weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
             least 0. Not part of the tested step.
         max_trials: Most forward passes of one search, at least 1.
+        cool_down: Share of the run, in [0, 1], over which at its end the step size is applied by a
+            factor that falls linearly from 1 to 0. Searches go on at the full step size. 0, the
+            paper's method, applies it as it is.
+        total_steps: Steps of the run, at least 1, for `cool_down`; `SaLSaTrainer` knows them. None
+            (default): not known, `plan()` will say.
 
     Raises:
         ValueError: An argument is out of range; the message has the range.
@@ -896,9 +946,12 @@ class SaLSaSGD(LineSearchOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_trials: int = 30,
+        cool_down: float = 0.0,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(
             params,
+            total_steps=total_steps,
             c=c,
             beta3=beta3,
             steps_to_double=steps_to_double,
@@ -908,6 +961,7 @@ class SaLSaSGD(LineSearchOptimizer):
             direction=direction,
             require_decrease=require_decrease,
             max_trials=max_trials,
+            cool_down=cool_down,
             momentum=momentum,
             weight_decay=weight_decay,
         )
@@ -980,9 +1034,12 @@ class SLSAdam(SaLSaAdam):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_trials: int = 30,
+        cool_down: float = 0.0,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(
             params,
+            total_steps=total_steps,
             c=c,
             beta3=beta3,
             steps_to_double=steps_to_double,
@@ -992,6 +1049,7 @@ class SLSAdam(SaLSaAdam):
             direction=direction,
             require_decrease=require_decrease,
             max_trials=max_trials,
+            cool_down=cool_down,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -1019,9 +1077,12 @@ class SLSSGD(SaLSaSGD):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_trials: int = 30,
+        cool_down: float = 0.0,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(
             params,
+            total_steps=total_steps,
             c=c,
             beta3=beta3,
             steps_to_double=steps_to_double,
@@ -1031,6 +1092,7 @@ class SLSSGD(SaLSaSGD):
             direction=direction,
             require_decrease=require_decrease,
             max_trials=max_trials,
+            cool_down=cool_down,
             momentum=momentum,
             weight_decay=weight_decay,
         )

@@ -68,7 +68,10 @@ class StepSizeReadout(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the step size of each parameter group."""
-        return [group["step_size"] for group in self.optimizer.param_groups]
+        # Accelerate's wrapper has no attributes of the optimizer inside.
+        line_search = unwrap_optimizer(self.optimizer)
+        assert line_search is not None
+        return [line_search.step_size for _ in line_search.param_groups]
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the step size of each parameter group, as of now."""
@@ -91,6 +94,7 @@ class SaLSaTrainerMixin(_Base):
 
     _objective: BatchObjective | None = None
     _loss_scaling_checked: bool = False
+    _planned: bool = False
     model: nn.Module
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # Trainer says LambdaLR
 
@@ -204,6 +208,7 @@ class SaLSaTrainerMixin(_Base):
         self.lr_scheduler = readout
         # A new training run: nothing recorded in an earlier one may be left.
         self._objective = BatchObjective(self.model, line_search)
+        self._planned = False
         return readout
 
     def training_step(
@@ -224,6 +229,10 @@ class SaLSaTrainerMixin(_Base):
         """
         if self._objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        line_search = unwrap_optimizer(self.optimizer)
+        if line_search is not None and not self._planned:  # here, after a checkpoint was loaded
+            line_search.plan(self.state.max_steps, done=self.state.global_step)
+            self._planned = True
         if not self._loss_scaling_checked:
             self._check_loss_scaling(self._objective, model, inputs, num_items_in_batch)
         return self._objective.record(self._micro_batch_loss, model, inputs, num_items_in_batch)

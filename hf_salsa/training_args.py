@@ -79,6 +79,13 @@ class SaLSaArgumentsMixin:
             "help": "Accept no step on which the loss of the mini-batch rises. Default: False."
         },
     )
+    salsa_cool_down: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the run, from 0 to 1, over which at its end the step size falls "
+            "linearly to 0. Default: 0."
+        },
+    )
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
@@ -137,6 +144,7 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         salsa_max_search_interval: Most updates from one search to the next, at least 1.
         salsa_direction: `"gradient"` or `"momentum"`.
         salsa_require_decrease: Accept no step on which the mini-batch's loss rises.
+        salsa_cool_down: Share of the run at its end in which the step size falls linearly to 0.
 
     Raises:
         ValueError: An unknown optimizer, or a value out of range.

@@ -16,6 +16,7 @@ from hf_salsa.line_search import (
     SearchSettings,
     SearchState,
     check_setting,
+    cooling,
     is_accepted,
     moving_average,
     search,
@@ -557,6 +558,31 @@ def test_accepted_steps_satisfy_the_criterion(name, initial, backtrack_factor, b
         x, state = moved(record.step_size), searched
 
 
+# --- cooling down -------------------------------------------------------------------------------
+
+
+@given(
+    cool_down=st.floats(0.01, 1),
+    total=st.integers(1, 10_000),
+    steps=st.tuples(*[st.floats(0, 1)] * 2),
+)
+def test_the_factor_falls_in_a_straight_line_at_the_end(cool_down, total, steps):
+    early, late = sorted(int(step * (total - 1)) for step in steps)
+    factors = [cooling(cool_down, step, total) for step in (early, late)]
+    assert 1 >= factors[0] >= factors[1] > 0
+    for step, factor in zip((early, late), factors, strict=True):
+        if step <= (1 - cool_down) * total:
+            assert factor == pytest.approx(1)
+        if factor < 1:
+            assert factor == pytest.approx((total - step) / (cool_down * total))
+    assert cooling(cool_down, total + 5, total) == cooling(cool_down, total - 1, total)
+
+
+@pytest.mark.parametrize(("cool_down", "total"), [(0.0, 100), (0.5, 0), (1.0, 0)])
+def test_nothing_cools_without_a_share_or_a_length(cool_down, total):
+    assert [cooling(cool_down, step, total) for step in (0, 99, 1000)] == [1.0] * 3
+
+
 # --- refused settings ---------------------------------------------------------------------------
 
 OPEN_UNIT = "strictly between 0 and 1"
@@ -579,6 +605,8 @@ REFUSED = {
     ),
     "direction": ("'gradient' or 'momentum'", ["Gradient", "", b"gradient"]),
     "require_decrease": ("True or False", [0, 1, "True"]),
+    "cool_down": ("a share of the run, a number in [0, 1]", [-0.1, 1.1, 2]),
+    "total_steps": ("a whole number of steps, at least 1", [0, -1, 10.0]),
 }
 NO_NUMBERS = [True, False, math.nan, math.inf, -math.inf, "0.5", None, [0.5], 1j]
 NO_CHOICE = {"direction": [True, None, 1], "require_decrease": [None, 1.0, math.nan]}
@@ -616,6 +644,8 @@ def test_a_refusal_names_setting_value_and_range(name, value):
         "betas": [(0, 0), (0.9, 0.999), [0.9, 0.999]],
         "direction": ["gradient", "momentum"],
         "require_decrease": [True, False],
+        "cool_down": [0, 0.0, 0.5, 1],
+        "total_steps": [1, 10**9],
     }.items(),
 )
 def test_the_ends_of_the_ranges_are_allowed(name, values):

@@ -654,7 +654,7 @@ def test_not_finite_steps_are_skipped(cls, cause):
 
     assert same(clones(params), weights)
     group = state["param_groups"][0]
-    group.update(skipped_steps=1, consecutive_skips=1)
+    group.update(steps=6, skipped_steps=1, consecutive_skips=1)
     group["trials"] += cause == "nan closure"
     assert same(optimizer.state_dict(), state)
     assert optimizer.counters.skipped_steps == 1
@@ -714,7 +714,7 @@ def test_not_finite_steps_are_skipped_without_a_read(cls, layout, cause, unread)
 
     assert same(clones(params), weights)
     assert optimizer._unread_skips is not None
-    state["param_groups"][0].update(skipped_steps=1, consecutive_skips=1)
+    state["param_groups"][0].update(steps=8, skipped_steps=1, consecutive_skips=1)
     assert same(optimizer.state_dict(), state)
     assert optimizer._unread_skips is None
 
@@ -869,7 +869,7 @@ def test_a_failed_search_keeps_the_step_size(cls, outcome):
     assert not optimizer.last_search.accepted
     assert optimizer.counters.failed_searches == 2
     moved = differences(before, optimizer.param_groups[0])
-    assert moved <= {"searches", "trials", "failed_searches"}
+    assert moved <= {"steps", "searches", "trials", "failed_searches"}
     assert not torch.equal(param, start)  # a step of the size of before
 
 
@@ -1326,6 +1326,67 @@ def test_a_learning_rate_from_outside_is_ignored_and_said_once(cls):
     assert optimizer.step_size == undisturbed.step_size
 
 
+# --- cooling down -------------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_the_step_cools_down_and_the_search_does_not(cls):
+    """The last 4 of 8 steps are applied by 1, 3/4, 2/4, 1/4; the searches see whole steps."""
+    params = parameters()
+    optimizer = cls(params, cool_down=0.5, total_steps=8)
+    for step, (x, y) in enumerate(batches(8)):
+        before = clones(params)
+        twin_params, twin = copy.deepcopy((params, optimizer))
+        for group in twin.param_groups:
+            group["cool_down"] = 0.0
+            group["lr"] = group["step_size"]
+        for these, one in ((params, optimizer), (twin_params, twin)):
+            loss_fn = partial(network_loss, these, x, y)
+            one.step(loss_fn, loss=backward(these, loss_fn))
+        factor = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25][step]
+        assert optimizer.last_search == twin.last_search
+        assert optimizer.step_size == optimizer.param_groups[0]["lr"] == factor * twin.step_size
+        for start, cooled, whole in zip(before, params, twin_params, strict=True):
+            torch.testing.assert_close(cooled, start + factor * (whole - start))
+
+
+def test_a_run_of_unknown_length_does_not_cool_down():
+    params = [point(3.0, -4.0)]
+    optimizer = SaLSaSGD(params, cool_down=0.5)
+    loss_fn = partial(square, params)
+    loss = backward(params, loss_fn)
+    before = clones(params)
+    with pytest.raises(RuntimeError, match=r"pass total_steps=\.\.\."):
+        optimizer.step(loss_fn, loss=loss)
+    assert same(before, clones(params))
+    optimizer.plan(4)
+    optimizer.step(loss_fn, loss=loss)
+    assert not same(before, clones(params))
+    for steps in (0, 2.5):
+        with pytest.raises(ValueError, match=r"^total_steps=.* must be a whole number of steps"):
+            optimizer.plan(steps)
+
+
+def test_a_second_run_has_a_plan_of_its_own_and_skipped_steps_count():
+    params = parameters()
+    optimizer = SaLSaSGD(params, cool_down=1.0, total_steps=2)
+    sizes = []
+    for step, (x, y) in enumerate(batches(8)):
+        if step == 3:
+            optimizer.plan(4)
+        if step == 5:
+            optimizer.plan(5, done=2)  # as after a checkpoint, for one step more
+        if step == 6:
+            optimizer.note_skipped_step()
+            continue
+        loss_fn = partial(network_loss, params, x, y)
+        optimizer.step(loss_fn, loss=backward(params, loss_fn))
+        sizes.append(optimizer.step_size / optimizer.last_search.step_size)
+    # The third step was one too many: it keeps the factor of the second.
+    expected = [2 / 2, 1 / 2, 1 / 2, 4 / 4, 3 / 4, 3 / 5, 1 / 5]
+    assert sizes == pytest.approx(expected)
+
+
 # --- arguments ----------------------------------------------------------------------------------
 
 SALSA = {
@@ -1338,6 +1399,7 @@ SALSA = {
     "direction": "gradient",
     "require_decrease": False,
     "max_trials": 30,
+    "cool_down": 0.0,
 }
 SLS = {**SALSA, "c": 0.1, "beta3": 0.0, "max_search_interval": 1}
 ADAM_OPTIONS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -1355,7 +1417,7 @@ def test_names_and_defaults():
     for cls, expected in SIGNATURES.values():
         signature = inspect.signature(cls).parameters.values()
         defaults = {p.name: p.default for p in signature if p.name != "params"}
-        assert defaults == expected
+        assert defaults == expected | {"total_steps": None}
         assert all(cls(parameters()).defaults[name] == value for name, value in expected.items())
 
 
@@ -1371,6 +1433,8 @@ def test_names_and_defaults():
         ("direction", "adam"),
         ("require_decrease", "yes"),
         ("max_trials", 0),
+        ("cool_down", 1.1),
+        ("total_steps", 0),
         ("weight_decay", -1.0),
         ("betas", (0.9, 1.0)),
         ("eps", 0.0),

@@ -382,6 +382,19 @@ def test_log_shows_the_step_size_applied(arguments, bert, sentences, optim):
     json.dumps(metrics)
 
 
+def test_the_trainer_knows_when_to_cool_down(arguments, bert, sentences):
+    """At the end of each run, of a second one too."""
+    args = arguments(salsa_cool_down=0.5, logging_steps=1, gradient_accumulation_steps=2)
+    trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)
+    for _ in range(2):
+        trainer.train()
+        line_search = unwrap_optimizer(trainer.optimizer)
+        lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(lines) == 6
+        found = line_search.param_groups[0]["step_size"]
+        assert lines[-1]["learning_rate"] == line_search.step_size == pytest.approx(found / 3)
+
+
 def test_extra_forward_passes_are_counted(arguments, sentences):
     set_seed(0)
     model = WithBatchNorm()
@@ -501,6 +514,7 @@ def test_resumed_run_equals_the_straight_run(request, arguments, sentences, text
         save_strategy="steps",
         save_steps=5,
         logging_steps=1,
+        salsa_cool_down=0.8,
     )
     straight = SaLSaTrainer(make(), args, train_dataset=data)
     straight.train()

@@ -42,7 +42,7 @@ def test_all_settings_from_the_command_line(tmp_path):
         *("--salsa_backtrack_factor", "0.8", "--salsa_initial_step_size", "0.1"),
         *("--salsa_max_search_interval", "5", "--salsa_direction", "momentum"),
         *("--salsa_require_decrease", "true", "--adam_beta1", "0.8", "--adam_beta2", "0.99"),
-        *("--adam_epsilon", "1e-6", "--weight_decay", "0.01"),
+        *("--adam_epsilon", "1e-6", "--weight_decay", "0.01", "--salsa_cool_down", "0.2"),
     )
     assert optimizer_arguments(args) == {
         "c": 0.5,
@@ -53,6 +53,7 @@ def test_all_settings_from_the_command_line(tmp_path):
         "max_search_interval": 5,
         "direction": "momentum",
         "require_decrease": True,
+        "cool_down": 0.2,
         "betas": (0.8, 0.99),
         "eps": 1e-6,
         "weight_decay": 0.01,
