@@ -489,7 +489,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(arguments, bert, sentences
     _, values, group = seen[2]
     for _, skipped_values, skipped_group in seen[3:5]:
         assert all(torch.equal(value, values[name]) for name, value in skipped_values.items())
-        counted = {"skipped_steps", "consecutive_skips"}
+        counted = {"steps", "skipped_steps", "consecutive_skips"}
         assert all(skipped_group[key] == group[key] for key in set(group) - counted)
     optimizer = unwrap_optimizer(trainer.optimizer)
     assert optimizer.counters.skipped_steps == 2
