@@ -14,7 +14,7 @@ that other jobs share, time on the processor is steadier than time on the clock:
     OMP_NUM_THREADS=1 taskset -c 0 python scripts/benchmark.py step --clock cpu
 
 Rivals are measured where they are installed:
-    pip install SaLSa-Optimizer schedulefree prodigyopt
+    pip install hf_salsa[compare]
 """
 
 import argparse
