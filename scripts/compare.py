@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, Task]] = {
         "stsb": _small_glue(
             "STS-B", "spearmanr", batch_size=16, settings={"task": "stsb", **_SMALL}
         ),
-        "prose": _text(
+        "python_prose": _text(
             "Prose of Python",
             batch_size=12,
             updates=600,
@@ -328,7 +328,7 @@ class Sources(NamedTuple):
 
     glue_dir: str | None = None
     text_file: str | None = None
-    pretrained_dir: str | None = None
+    pretrained_dir: str = "runs/pretrained"
 
 
 def load_glue(
@@ -412,7 +412,7 @@ def load_text(
         half = len(train_text) // 2
         first = run_clm.make_blocks(train_text[:half], vocabulary, block_size, "the first half")
         weights = pretrained_weights(
-            make_model, first.dataset, pretraining, Path(str(sources.pretrained_dir))
+            make_model, first.dataset, pretraining, Path(sources.pretrained_dir)
         )
         train_text = train_text[half:]
         make_model = partial(GPT2LMHeadModel.from_pretrained, weights)
@@ -465,8 +465,11 @@ def pretrained_weights(
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             trainer.save_model(f"{scratch}/weights")
-            with contextlib.suppress(OSError):  # another process was first
+            try:
                 Path(scratch, "weights").rename(weights)
+            except OSError:
+                if not weights.is_dir():  # else another process was first
+                    raise
     return weights
 
 

@@ -701,6 +701,14 @@ def test_hyperparameters_are_those_that_had_an_effect(write):
     assert "- mixed_precision: no" in write(arguments={"fp16": True})
 
 
+def test_a_cool_down_is_a_schedule(write):
+    card = write(optimizer=lambda params: SaLSaAdam(params, cool_down=0.25))
+    assert (
+        "No rate was set; over the last 25 % of the run the step size fell linearly to 0;" in card
+    )
+    assert "no schedule" not in card
+
+
 def test_settings_of_parameter_groups(write, bert):
     def optimizer(params):
         weights = list(params)
