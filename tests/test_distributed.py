@@ -40,12 +40,12 @@ def configurations(processes):
             "steps": 10,
         }
         for model in ("bert", "gpt2")
-        for optim in ("salsa_adam", "salsa_sgd")
+        for optim in ("salsa_adam", "salsa_sgd", "salsa_adam_plus")
         for batch, accumulation in EQUIVALENT[processes]
     ]
 
 
-def sharded(model, accumulation, state_dict_type):
+def sharded(model, accumulation, state_dict_type, optim="salsa_adam"):
     block = {"bert": "BertLayer", "gpt2": "GPT2Block"}[model]
     settings = {
         "version": 2,
@@ -54,6 +54,7 @@ def sharded(model, accumulation, state_dict_type):
     }
     return {
         "model": model,
+        "optim": optim,
         "batch": 4 // accumulation,
         "accumulation": accumulation,
         "dropout": 0.0,
@@ -68,6 +69,7 @@ SHARDED = [
     sharded("bert", 2, "SHARDED_STATE_DICT"),
     sharded("gpt2", 2, "FULL_STATE_DICT"),
     sharded("gpt2", 1, "SHARDED_STATE_DICT"),
+    sharded("gpt2", 2, "SHARDED_STATE_DICT", "salsa_adam_plus"),
 ]
 
 
@@ -117,7 +119,7 @@ def test_processes_times_accumulation_times_batch(runs):
     for results, processes in ((one, 1), (two[0], 2)):
         for configuration, result in zip(configurations(processes), results, strict=False):
             by_run.setdefault((configuration["model"], configuration["optim"]), []).append(result)
-    assert len(by_run) == 4
+    assert len(by_run) == 6
     for same in by_run.values():
         assert len(same) == 6
         for result in same[1:]:
@@ -171,7 +173,7 @@ def test_fsdp2_gives_the_trajectory_of_one_process(runs):
     one, two = runs
     results = two[0][-len(SHARDED) :]
     for configuration, result in zip(SHARDED, results, strict=True):
-        wanted = {"model": configuration["model"], "optim": "salsa_adam", "batch": 8}
+        wanted = {name: configuration[name] for name in ("model", "optim")} | {"batch": 8}
         (expected,) = (
             single
             for candidate, single in zip(configurations(1), one, strict=True)

@@ -27,7 +27,9 @@ from transformers import (
 from hf_salsa import (
     SLSSGD,
     SaLSaAdam,
+    SaLSaAdamPlus,
     SaLSaSGD,
+    SaLSaSGDPlus,
     SaLSaTrainer,
     SaLSaTrainingArguments,
     SLSAdam,
@@ -324,6 +326,26 @@ def test_claims_nothing_that_was_not_used(write, optimizer):
     assert ("ran at every step." in procedure) == (not salsa)
     assert ("momentum=0.0" in procedure) == (not adam)
     assert f"rate to try in a plain {'AdamW' if adam else 'SGD'} run." in card
+
+
+@pytest.mark.parametrize(("optimizer", "base"), [(SaLSaAdamPlus, "Adam"), (SaLSaSGDPlus, "SGD")])
+def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base):
+    card = write(optimizer=optimizer)
+    procedure = card[card.index("## Training procedure") : card.index("### Training hyperp")]
+    assert (
+        f"`{optimizer.__name__}` takes {base}'s steps with a step size that it finds" in procedure
+    )
+    for words in (
+        "starts at 0.1 of what the first one allows",
+        "double within 6 steps while",
+        "within 500 steps otherwise",
+        "by at least 0.4 of what the slope predicts (after",
+        "over the last 60 % of the run the step size fell linearly to 0",
+        "the search ran at every step in the beginning, and ever less often later, up to 10 steps",
+    ):
+        assert words in procedure
+    assert "the largest of those tried" not in procedure
+    assert "in the beginning" not in write(optimizer=SaLSaAdam)
 
 
 # --- What was trained, on what

@@ -100,6 +100,8 @@ def assert_same_weights(*folders):
         {"optim": "salsa_sgd"},
         {"optim": "sls_adam"},
         {"optim": "sls_sgd"},
+        {"optim": "salsa_adam_plus"},
+        {"optim": "salsa_sgd_plus"},
         {"optim": "adamw_torch", "learning_rate": 1e-3},
     ],
     ids=lambda flags: flags["optim"],

@@ -1,4 +1,4 @@
-"""The four optimizers against the paper, torch and their contract (lines 1-5, 8, 9, 14-16, 18)."""
+"""The paper's optimizers against it, torch and their contract (lines 1-5, 8, 9, 14-16, 18)."""
 
 import copy
 import inspect
@@ -23,9 +23,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import hf_salsa.optimizers
-from hf_salsa import OPTIMIZERS, SLSSGD, BatchObjective, SaLSaAdam, SaLSaSGD, SLSAdam
+from hf_salsa import (
+    OPTIMIZERS,
+    SLSSGD,
+    BatchObjective,
+    SaLSaAdam,
+    SaLSaAdamPlus,
+    SaLSaSGD,
+    SaLSaSGDPlus,
+    SLSAdam,
+)
 
-ALL = list(OPTIMIZERS.values())
+ALL = [SaLSaAdam, SaLSaSGD, SLSAdam, SLSSGD]  # test_plus.py has the others
 ADAM = (SaLSaAdam, SLSAdam)
 
 silent = pytest.mark.filterwarnings("error")
@@ -1413,7 +1422,8 @@ SIGNATURES = {
 
 
 def test_names_and_defaults():
-    assert {name: cls for name, (cls, _) in SIGNATURES.items()} == OPTIMIZERS
+    plus = {"salsa_adam_plus": SaLSaAdamPlus, "salsa_sgd_plus": SaLSaSGDPlus}
+    assert {name: cls for name, (cls, _) in SIGNATURES.items()} | plus == OPTIMIZERS
     for cls, expected in SIGNATURES.values():
         signature = inspect.signature(cls).parameters.values()
         defaults = {p.name: p.default for p in signature if p.name != "params"}

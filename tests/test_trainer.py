@@ -198,7 +198,7 @@ def test_searching_draws_the_same_data_and_masks(arguments, sentences):
 # --- Accumulation (11)
 
 
-@pytest.mark.parametrize("optim", ["salsa_adam", "salsa_sgd"])
+@pytest.mark.parametrize("optim", ["salsa_adam", "salsa_sgd", "salsa_adam_plus", "salsa_sgd_plus"])
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_accumulation_gives_the_same_trajectory(request, arguments, sentences, texts, model, optim):
     data = {"bert": sentences, "gpt2": texts}[model]

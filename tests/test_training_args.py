@@ -115,6 +115,15 @@ def test_values_out_of_range_are_refused(tmp_path, argument, value, allowed):
         SaLSaTrainingArguments(str(tmp_path), **{argument: value})
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_settings_that_an_optimizer_does_not_have_are_refused(tmp_path, value):
+    message = f"salsa_require_decrease={value} is not allowed with optim='salsa_adam_plus'"
+    with pytest.raises(ValueError, match=message):
+        SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_require_decrease=value)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_c=2.0)
+
+
 def test_a_misspelt_optimizer_gets_a_suggestion(tmp_path):
     with pytest.raises(ValueError, match="optim='salsa_adma' is not an optimizer. Did you mean"):
         parse("--output_dir", str(tmp_path), "--optim", "salsa_adma")
