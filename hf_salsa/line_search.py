@@ -388,9 +388,12 @@ def search_once(
         kappa_k = beta kappa_{k-1} + (1 - beta) 2 (slope - decrease(eta) / eta) / eta
         eta_k = min(eta, max(2 (1 - c) s_k / kappa_k, delta eta_{k-1}))
 
-    2 (1 - c) s / kappa is the largest step size that satisfies Eq. 6 on the parabola with slope s
-    and curvature kappa. In contrast to an average of decreases it does not lag behind a step size
-    that moves. The younger the run, the more often it is looked at: 8 searches at every step, 8 at
+    A sample of the curvature counts as at most 4 max(|slope|, s_k) / eta, and a trial that is not
+    finite is repeated at delta of its step size. 2 (1 - c) s / kappa is the largest step size that
+    satisfies Eq. 6 on the parabola with slope s and curvature kappa. In contrast to an average of
+    decreases it does not lag behind a step size that moves.
+
+    The younger the run, the more often it is looked at: 8 searches at every step, 8 at
     every second, and so on up to `max_search_interval`.
 
     Args:

@@ -556,7 +556,7 @@ class LineSearchOptimizer(Optimizer):
     def _norm(params: list[Tensor]) -> Tensor:
         """Return the norm of all gradients: not finite if one is not, or if it overflows."""
         (grads,) = _locals([[p.grad for p in params]], params)
-        return _sum_over_shards(list(torch._foreach_norm(grads)), params)
+        return _sum_over_shards([list(torch._foreach_norm(grads))], params)[0]
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter; make it if there is none."""
@@ -566,9 +566,9 @@ class LineSearchOptimizer(Optimizer):
         """Return -d_k, the tested direction with its sign turned; float32 or wider."""
         raise NotImplementedError
 
-    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[Tensor]:
-        """Return of each piece what the search must know of it, as a vector: <g_k, -d_k> first."""
-        return [_dot(g, d).reshape(1) for g, d in zip(chunk.grads, direction, strict=True)]
+    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[list[Tensor]]:
+        """Return <g_k, -d_k> of each piece, and further lists of what else the search must know."""
+        return [_dots(chunk.grads, direction)]
 
     def _choose(
         self,
@@ -580,7 +580,7 @@ class LineSearchOptimizer(Optimizer):
         slopes: list[float],
         resolution: float,
     ) -> tuple[SearchRecord, SearchState]:
-        """Search the step size; `slopes` are the sums of `_products`."""
+        """Search the step size; `slopes` are the sums of the lists that `_products` returned."""
         (slope,) = slopes
         return search(settings, state, evaluate, loss=loss, slope=slope, resolution=resolution)
 
@@ -665,12 +665,16 @@ class LineSearchOptimizer(Optimizer):
         One pass over memory makes the backup, the slope and the first trial point. What is safe in
         the backup is added to `backed_up`.
         """
-        products, owners = [], []
+        products: list[list[Tensor]] = []
+        owners: list[Tensor] = []
         for chunk in chunks:
             torch._foreach_copy_(chunk.backups, chunk.params)
             backed_up.append(chunk)
             direction = self._direction(chunk)
-            products += self._products(chunk, direction)
+            found = self._products(chunk, direction)
+            products = products or [[] for _ in found]
+            for column, pieces in zip(products, found, strict=True):
+                column += pieces
             owners += chunk.owners
             self._move(chunk, direction, step_size)
         sums: list[float] = _sum_over_shards(products, owners).tolist()
@@ -722,18 +726,23 @@ def _locals(columns: list[list[Any]], params: list[Tensor]) -> list[list[Tensor]
     return columns
 
 
-def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
-    """Add up one number or vector per parameter, over the processes too where they are sharded.
+def _sum_over_shards(columns: list[list[Tensor]], params: list[Tensor]) -> Tensor:
+    """Add up columns of one scalar per parameter, over the processes too where they are sharded.
 
     One small all-reduce per device mesh; none without sharded parameters.
     """
-    sums: dict[tuple[Any, ...], list[Tensor]] = {}
-    for value, param in zip(values, params, strict=True):
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for row, param in enumerate(params):
         layout = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
-        sums.setdefault((layout, value.device), []).append(value)
-    total = torch.zeros_like(values[0], dtype=torch.float64)
-    for (layout, _), parts in sums.items():
-        part = torch.stack(parts).sum(dim=0, dtype=torch.float64)
+        rows.setdefault((layout, columns[0][row].device), []).append(row)
+    total = torch.zeros(len(columns), dtype=torch.float64, device=columns[0][0].device)
+    for (layout, _), of_layout in rows.items():
+        part = torch.stack(
+            [
+                torch.stack([column[row] for row in of_layout]).sum(dtype=torch.float64)
+                for column in columns
+            ]
+        )
         if layout is not None:
             mesh, placements = layout
             partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
@@ -742,8 +751,11 @@ def _sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
     return total
 
 
-def _dot(gradient: Tensor, direction: Tensor) -> Tensor:
-    return torch.dot(gradient.to(direction.dtype).reshape(-1), direction.reshape(-1))
+def _dots(gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    return [
+        torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
+        for g, d in zip(gradients, directions, strict=True)
+    ]
 
 
 def _pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
@@ -1149,12 +1161,8 @@ class _OneTrialOptimizer(LineSearchOptimizer):
         """Return p_k: what earlier gradients put into the final direction, its sign turned."""
         raise NotImplementedError
 
-    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[Tensor]:
-        earlier = self._earlier(chunk)
-        return [
-            torch.stack([_dot(g, d), _dot(g, p)])
-            for g, d, p in zip(chunk.grads, direction, earlier, strict=True)
-        ]
+    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[list[Tensor]]:
+        return [_dots(chunk.grads, direction), _dots(chunk.grads, self._earlier(chunk))]
 
     def _choose(
         self,
