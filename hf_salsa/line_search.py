@@ -158,12 +158,14 @@ class AgreementState(SearchState):
         agreement: Smoothed <g_k, p_k>; p_k is what earlier gradients put into the direction.
         agreement_square: The same of its square.
         samples: How many searches these averages, and `s`, have seen.
+        warm_up_over: The step size no longer grows fast.
     """
 
     curvature: float = 0.0
     agreement: float = 0.0
     agreement_square: float = 0.0
     samples: int = 0
+    warm_up_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -382,8 +384,8 @@ def search_once(
     that, with beta = beta3, n the steps since the last search and averages free of the bias of
     their start at 0:
 
-        eta = eta_{k-1} 2^(n/b), with b = steps_to_double_fast where the agreement is above 0 by
-              more than `confidence` standard errors, else steps_to_double
+        eta = eta_{k-1} 2^(n/b): b = steps_to_double_fast during the warm-up, if the agreement is
+              above 0 by more than `confidence` standard errors; else steps_to_double
         s_k = beta s_{k-1} + (1 - beta) slope
         kappa_k = beta kappa_{k-1} + (1 - beta) 2 (slope - decrease(eta) / eta) / eta
         eta_k = min(eta, max(2 (1 - c) s_k / kappa_k, delta eta_{k-1}))
@@ -393,8 +395,10 @@ def search_once(
     satisfies Eq. 6 on the parabola with slope s and curvature kappa. In contrast to an average of
     decreases it does not lag behind a step size that moves.
 
-    The younger the run, the more often it is looked at: 8 searches at every step, 8 at
-    every second, and so on up to `max_search_interval`.
+    The warm-up is over for good when the average agreement has fallen to 0: later it is noise
+    around 0, which in a long run would now and then pass for agreement. The younger the run, the
+    more often it is looked at: 8 searches at every step, 8 at every second, and so on up to
+    `max_search_interval`.
 
     Args:
         settings: The rule's constants.
@@ -422,7 +426,9 @@ def search_once(
         searches=state.searches + 1,
         steps_since_search=0,
     )
-    if _agrees(settings, seen):
+    agrees, opposes = _agreement(settings, seen)
+    seen = replace(seen, warm_up_over=state.warm_up_over or opposes)
+    if agrees and not seen.warm_up_over:
         fast = replace(settings, steps_to_double=settings.steps_to_double_fast)
         trial = first_step_size(fast, state)
     else:
@@ -488,16 +494,20 @@ def _start(
     return record, started
 
 
-def _agrees(settings: AgreementSettings, state: AgreementState) -> bool:
-    """Return whether the average agreement is above 0 by more than `confidence` standard errors."""
+def _agreement(settings: AgreementSettings, state: AgreementState) -> tuple[bool, bool]:
+    """Return whether the average agreement is above 0 for certain, and whether it is not above it.
+
+    Certain is a distance of `confidence` standard errors.
+    """
     if state.samples < _FEWEST_SAMPLES:
-        return False
+        return False, False
     weight = 1 - settings.beta3**state.samples
     mean = state.agreement / weight
     variance = max(0.0, state.agreement_square / weight - mean**2)
     # So many samples of equal weight have the variance of an exponential average.
     count = min(state.samples, (1 + settings.beta3) / (1 - settings.beta3))
-    return mean > settings.confidence * math.sqrt(variance / count)
+    margin = settings.confidence * math.sqrt(variance / count)
+    return mean > margin, mean <= min(0.0, margin)
 
 
 def _largest_on_parabola(c: float, state: AgreementState) -> float:

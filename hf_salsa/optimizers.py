@@ -1198,9 +1198,10 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
         agreement:  a_k = <g_k, p_k>,  p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat_k) + eps)
         start:      eta = `first_share` of the largest 2^-j with f_k(w_k) - f_k(w_k + eta d_k) >=
                     c eta slope_k on the first mini-batch
-        growth:     eta_{k-1} 2^(n/b): b = `steps_to_double_fast` while the average of a_k is above
-                    0 by more than `confidence` standard errors: while new mini-batches still want
-                    more of the steps that were taken. Else b = `steps_to_double`, as in the paper.
+        growth:     eta_{k-1} 2^(n/b): b = `steps_to_double_fast` as long as the average of a_k is
+                    above 0 by more than `confidence` standard errors: new mini-batches still want
+                    more of the steps that were taken. Else, and for good once the average has
+                    fallen to 0, b = `steps_to_double`, as in the paper.
         bound:      one trial at that step size measures slope and curvature, s and kappa are their
                     averages (beta3), eta <= 2 (1 - c) s / kappa: Armijo's criterion, Eq. 6, on the
                     parabola

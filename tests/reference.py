@@ -226,6 +226,7 @@ class PlusReference(Reference):
         self.curvatures: list[float] = []
         self.agreements: list[float] = []
         self.etas: list[float] = []
+        self.warm_up_over = False
         self.fast_growth = self.bounded = 0  # searches in which they decided
 
     def earlier(self, p: Parameter) -> Tensor:
@@ -241,14 +242,16 @@ class PlusReference(Reference):
         weights = [self.beta3 ** (len(values) - 1 - i) for i in range(len(values))]
         return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
 
-    def agree(self) -> bool:
+    def grows_fast(self) -> bool:
         n = len(self.agreements)
         if n < 3:
             return False
         mean = self.average(self.agreements)
         variance = max(self.average([a**2 for a in self.agreements]) - mean**2, 0)
         count = min(n, (1 + self.beta3) / (1 - self.beta3))
-        return mean > self.confidence * math.sqrt(variance / count)
+        if mean <= 0:
+            self.warm_up_over = True
+        return not self.warm_up_over and mean > self.confidence * math.sqrt(variance / count)
 
     def search(self, f0: float, loss: Loss) -> None:
         slope = self.slope()
@@ -259,7 +262,7 @@ class PlusReference(Reference):
         present = [p for p in self.parameters if p.g is not None]
         self.slopes.append(slope)
         self.agreements.append(sum((p.g * self.earlier(p)).sum().item() for p in present))
-        fast = self.agree()
+        fast = self.grows_fast()
         eta = self.eta * 2 ** (self.n / (self.fast_b if fast else self.b))
         steepest = max(abs(slope), self.average(self.slopes))
         f = loss(self.trial_point(eta)).item()

@@ -164,11 +164,22 @@ def test_growth_is_fast_while_the_mini_batches_agree():
     fast, slow = pytest.approx(2 ** (1 / 6)), pytest.approx(2 ** (1 / 500))
     assert agreeing([1.0] * 5)[0] == [slow, slow, fast, fast, fast]
     assert agreeing([-1.0] * 5)[0] == [slow] * 5
-    noise = [1.0, -0.9] * 20
-    assert agreeing(noise)[0] == [slow] * 40
+    noise = [-0.9, 1.0] * 20
+    assert agreeing([1.0, *noise])[0] == [slow] * 41
     assert agreeing(noise, confidence=-math.inf)[0][2:] == [fast] * 38
     assert agreeing([1.0] * 5, confidence=math.inf)[0] == [slow] * 5
-    assert agreeing([1.0] * 30 + [-1.0] * 30)[0][-1] == slow
+
+
+def test_the_warm_up_is_over_for_good_when_agreement_has_fallen_to_zero():
+    fast, slow = pytest.approx(2 ** (1 / 6)), pytest.approx(2 ** (1 / 500))
+    pause = agreeing([1.0] * 10 + [-0.8] * 5 + [1.0] * 10)  # the average stays above 0
+    assert not pause[1].warm_up_over
+    assert (pause[0][14], pause[0][-1]) == (slow, fast)
+    end = agreeing([1.0] * 10 + [-1.0] * 15 + [1.0] * 40)
+    assert end[1].warm_up_over
+    assert end[0][-1] == slow
+    # The first two samples decide nothing.
+    assert not agreeing([-1.0, -1.0, 9.0])[1].warm_up_over
 
 
 def test_the_standard_error_is_that_of_an_exponential_average():
