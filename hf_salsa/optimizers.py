@@ -522,20 +522,16 @@ class LineSearchOptimizer(Optimizer):
 
     def _shared_names(self) -> list[str]:
         """Return what all parameter groups share: one search, one step size."""
-        names = [
-            entry.name for kind in (self._settings_type, self._state_type) for entry in fields(kind)
-        ]
+        names = (*_names(self._settings_type), *_names(self._state_type))
         return [*names, "direction", "cool_down", "lr"]
 
     def _search_settings(self) -> SearchSettings:
         group = self.param_groups[0]
-        names = [entry.name for entry in fields(self._settings_type)]
-        return self._settings_type(**{name: group[name] for name in names})
+        return self._settings_type(**{name: group[name] for name in _names(self._settings_type)})
 
     def _search_state(self) -> SearchState:
         group = self.param_groups[0]
-        names = [entry.name for entry in fields(self._state_type)]
-        return self._state_type(**{name: group[name] for name in names})
+        return self._state_type(**{name: group[name] for name in _names(self._state_type)})
 
     def _write_search_state(self, state: SearchState) -> None:
         for group in self.param_groups:
@@ -556,7 +552,7 @@ class LineSearchOptimizer(Optimizer):
     def _norm(params: list[Tensor]) -> Tensor:
         """Return the norm of all gradients: not finite if one is not, or if it overflows."""
         (grads,) = _locals([[p.grad for p in params]], params)
-        return _sum_over_shards([list(torch._foreach_norm(grads))], params)[0]
+        return _sum_over_shards([list(torch._foreach_norm(grads))], params).squeeze(0)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter; make it if there is none."""
@@ -706,6 +702,10 @@ class LineSearchOptimizer(Optimizer):
     def _restore(chunks: list[_Chunk]) -> None:
         for chunk in chunks:
             torch._foreach_copy_(chunk.params, chunk.backups)
+
+
+def _names(kind: type[SearchSettings | SearchState]) -> tuple[str, ...]:
+    return tuple(entry.name for entry in fields(kind))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -98,12 +98,12 @@ def test_a_step_leaves_only_its_update_behind(model):
         optimizer = SaLSaSGD(net.parameters(), initial_step_size=1e-4)  # accepts at once
         objective = BatchObjective(net, optimizer)
         optimizer.param_groups[0]["search_interval"] = interval
-        optimizer.param_groups[0]["step_size_average_slow"] = 1e-4  # as if searched before
+        optimizer.param_groups[0]["searches"] = 1  # as if searched before
         before = clones(net.named_parameters())
         objective.record(net, torch.randn(5, 6)).backward()
         optimizer.step()
         counters = optimizer.counters
-        assert (counters.searches, counters.failed_searches) == (interval == 1, 0)
+        assert (counters.searches, counters.failed_searches) == (1 + (interval == 1), 0)
         assert any(not torch.equal(before[name], p) for name, p in net.named_parameters())
         drawn.append((streams(), clones(net.named_buffers())))
     assert drawn[0][0] == drawn[1][0]

@@ -800,9 +800,7 @@ def test_a_step_without_a_search_reads_nothing_from_an_accelerator(norm):
         params = [nn.Parameter(torch.randn(8, 8, device="cuda")) for _ in range(3)]
         optimizer = SaLSaAdam(params, weight_decay=0.1)
         objective = BatchObjective(nn.ParameterList(params), optimizer)
-        optimizer.param_groups[0].update(
-            search_interval=10, step_size=0.1, lr=0.1, step_size_average_slow=1.0
-        )
+        optimizer.param_groups[0].update(search_interval=10, step_size=0.1, lr=0.1, searches=1)
         for param in params:
             param.grad = torch.randn(8, 8, device="cuda")
         for _ in range(3):
