@@ -15,6 +15,7 @@ from typing import Any, Literal
 Outcome = Literal["accepted", "slope", "unresolved", "trials"]
 
 _FEWEST_SAMPLES = 3  # of which a standard error is worth something
+_SAMPLES_OF_AN_AVERAGE = 10  # before that, a lack of agreement may be chance
 _SEARCHES_PER_INTERVAL = 8  # of `search_once`: so many before the interval grows by a step
 
 
@@ -395,10 +396,10 @@ def search_once(
     satisfies Eq. 6 on the parabola with slope s and curvature kappa. In contrast to an average of
     decreases it does not lag behind a step size that moves.
 
-    The warm-up is over for good when the average agreement has fallen to 0: later it is noise
-    around 0, which in a long run would now and then pass for agreement. The younger the run, the
-    more often it is looked at: 8 searches at every step, 8 at every second, and so on up to
-    `max_search_interval`.
+    The warm-up searches at every step and is over for good when, after 10 searches or more, the
+    agreement is no longer certain: later it is noise around 0, which in a long run would now and
+    then pass for agreement. From then on searches are 1 + (searches so far) / 8 steps apart, at
+    most `max_search_interval`.
 
     Args:
         settings: The rule's constants.
@@ -426,9 +427,10 @@ def search_once(
         searches=state.searches + 1,
         steps_since_search=0,
     )
-    agrees, opposes = _agreement(settings, seen)
-    seen = replace(seen, warm_up_over=state.warm_up_over or opposes)
-    if agrees and not seen.warm_up_over:
+    agrees = _agrees(settings, seen)
+    over = state.warm_up_over or (samples >= _SAMPLES_OF_AN_AVERAGE and not agrees)
+    seen = replace(seen, warm_up_over=over)
+    if agrees and not over:
         fast = replace(settings, steps_to_double=settings.steps_to_double_fast)
         trial = first_step_size(fast, state)
     else:
@@ -451,8 +453,12 @@ def search_once(
             _largest_on_parabola(settings.c, seen), settings.backtrack_factor * state.step_size
         )
         chosen = min(trial, largest)
-        interval = min(settings.max_search_interval, 1 + samples // _SEARCHES_PER_INTERVAL)
-        searched = replace(seen, step_size=chosen, search_interval=interval)
+        interval = 1 + samples // _SEARCHES_PER_INTERVAL if over else 1
+        searched = replace(
+            seen,
+            step_size=chosen,
+            search_interval=min(interval, settings.max_search_interval),
+        )
     else:
         searched = replace(
             state,
@@ -494,20 +500,16 @@ def _start(
     return record, started
 
 
-def _agreement(settings: AgreementSettings, state: AgreementState) -> tuple[bool, bool]:
-    """Return whether the average agreement is above 0 for certain, and whether it is not above it.
-
-    Certain is a distance of `confidence` standard errors.
-    """
+def _agrees(settings: AgreementSettings, state: AgreementState) -> bool:
+    """Return whether the average agreement is above 0 by more than `confidence` standard errors."""
     if state.samples < _FEWEST_SAMPLES:
-        return False, False
+        return False
     weight = 1 - settings.beta3**state.samples
     mean = state.agreement / weight
     variance = max(0.0, state.agreement_square / weight - mean**2)
     # So many samples of equal weight have the variance of an exponential average.
     count = min(state.samples, (1 + settings.beta3) / (1 - settings.beta3))
-    margin = settings.confidence * math.sqrt(variance / count)
-    return mean > margin, mean <= min(0.0, margin)
+    return mean > settings.confidence * math.sqrt(variance / count)
 
 
 def _largest_on_parabola(c: float, state: AgreementState) -> float:

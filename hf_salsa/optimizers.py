@@ -1200,15 +1200,16 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
                     c eta slope_k on the first mini-batch
         growth:     eta_{k-1} 2^(n/b): b = `steps_to_double_fast` as long as the average of a_k is
                     above 0 by more than `confidence` standard errors: new mini-batches still want
-                    more of the steps that were taken. Else, and for good once the average has
-                    fallen to 0, b = `steps_to_double`, as in the paper.
+                    more of the steps that were taken. Else, and for good once that warm-up is over
+                    (no such agreement after 10 searches or more), b = `steps_to_double`, as in the
+                    paper.
         bound:      one trial at that step size measures slope and curvature, s and kappa are their
                     averages (beta3), eta <= 2 (1 - c) s / kappa: Armijo's criterion, Eq. 6, on the
                     parabola
         step:       as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run
 
-    The first 8 searches are at every step, the next 8 at every second, and so on up to
-    `max_search_interval`.
+    The warm-up searches at every step. After it searches are 1 + (searches so far) / 8 steps apart,
+    at most `max_search_interval`.
 
     Args:
         params: As in `SaLSaAdam`. beta1 must be above 0.

@@ -249,9 +249,10 @@ class PlusReference(Reference):
         mean = self.average(self.agreements)
         variance = max(self.average([a**2 for a in self.agreements]) - mean**2, 0)
         count = min(n, (1 + self.beta3) / (1 - self.beta3))
-        if mean <= 0:
+        agree = mean > self.confidence * math.sqrt(variance / count)
+        if n >= 10 and not agree:
             self.warm_up_over = True
-        return not self.warm_up_over and mean > self.confidence * math.sqrt(variance / count)
+        return agree and not self.warm_up_over
 
     def search(self, f0: float, loss: Loss) -> None:
         slope = self.slope()
@@ -284,7 +285,7 @@ class PlusReference(Reference):
         self.bounded += bound < eta
         self.eta = min(eta, max(bound, self.delta * self.eta))
         self.etas.append(self.eta)
-        self.L = min(self.max_search_interval, 1 + len(self.etas) // 8)
+        self.L = min(self.max_search_interval, 1 + len(self.etas) // 8) if self.warm_up_over else 1
 
     def start(self, f0: float, loss: Loss, slope: float) -> None:
         self.searches += 1
