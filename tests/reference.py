@@ -209,7 +209,7 @@ class PlusReference(Reference):
         name: str,
         parameters: Sequence[Parameter],
         *,
-        steps_to_double_fast: float = 6,
+        steps_to_double_fast: float = 12,
         confidence: float = 2.0,
         first_share: float = 0.1,
         backtrack_factor: float = 0.5,

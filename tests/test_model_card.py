@@ -337,7 +337,7 @@ def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base)
     )
     for words in (
         "starts at 0.1 of what the first one allows",
-        "double within 6 steps as long as new",
+        "double within 12 steps as long as new",
         "within 500 steps ever after",
         "by at least 0.4 of what the slope predicts (after",
         "over the last 60 % of the run the step size fell linearly to 0",

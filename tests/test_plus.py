@@ -281,7 +281,7 @@ def plain(cls, params, **options):
 @both
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("search_options", [{}, {"c": 0.6, "confidence": 0.5, "beta3": 0.8}])
+@pytest.mark.parametrize("search_options", [{}, {"c": 0.9, "confidence": 0.5, "beta3": 0.8}])
 @pytest.mark.filterwarnings("error")
 def test_trajectory_is_the_references(cls, direction, grouped, search_options):
     """300 steps of stochastic mini-batches: every step size, and the weights at the end."""
@@ -308,7 +308,7 @@ def test_trajectory_is_the_references(cls, direction, grouped, search_options):
     assert counters.searches == reference.searches
     assert counters.trials < counters.searches + 12  # one each, but for the first
     assert reference.fast_growth >= 2
-    assert reference.bounded or cls is SaLSaSGDPlus or direction == "gradient"
+    assert reference.bounded > 3 or direction == "gradient" or not search_options
     assert reference.searches < 100
 
 
@@ -497,7 +497,7 @@ def test_defaults():
         "c": 0.4,
         "beta3": 0.9,
         "steps_to_double": 500,
-        "steps_to_double_fast": 6,
+        "steps_to_double_fast": 12,
         "confidence": 2.0,
         "first_share": 0.1,
         "backtrack_factor": 0.5,
