@@ -355,7 +355,8 @@ def panels(comparison: Comparison) -> tuple[Any, dict[str, Any]]:
 
 
 def colours(comparison: Comparison) -> dict[str, Any]:
-    return dict(zip(comparison.labels, plt.get_cmap("tab10").colors, strict=False))
+    shades = plt.get_cmap("tab20").colors  # in pairs, dark and light
+    return dict(zip(comparison.labels, (*shades[::2], *shades[1::2]), strict=False))
 
 
 def save(figure: Any, comparison: Comparison, name: str) -> None:
