@@ -596,7 +596,8 @@ class Candidate:
         trainer: The trainer's class.
         package: What must be installed.
         resumes: Whether a checkpoint holds its whole state.
-        ablation: It is `salsa_adam_plus` without one of its parts, compared only if it is named.
+        changes: Of an ablation, which is compared only if it is named: what it changes about
+            `salsa_adam_plus`.
     """
 
     label: str
@@ -606,16 +607,16 @@ class Candidate:
     trainer: type[SaLSaTrainer] = ComparisonTrainer
     package: str | None = None
     resumes: bool = True
-    ablation: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
-def _without(part: str, **settings: Any) -> Candidate:
+def _without(part: str, **changes: Any) -> Candidate:
     """Return `salsa_adam_plus` without one of its parts."""
     return Candidate(
         f"plus {part}",
         {"optim": "salsa_adam_plus"},
-        make_optimizer=partial(SaLSaAdamPlus, **settings),
-        ablation=True,
+        make_optimizer=partial(SaLSaAdamPlus, **changes),
+        changes=changes,
     )
 
 
@@ -648,8 +649,8 @@ CANDIDATES = {
         package="SaLSa-Optimizer",
         resumes=False,  # its step size and averages are in no state_dict
     ),
-    "plus_slow_growth": _without("without fast growth", confidence=math.inf),
-    "plus_any_growth": _without("with fast growth at all times", confidence=-math.inf),
+    "plus_slow_growth": _without("without fast growth", confidence=1e9),
+    "plus_any_growth": _without("with fast growth at all times", confidence=-1e9),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_gradient": _without("tested along the gradient", direction="gradient"),
     "plus_no_averages": _without("without averages", beta3=0.0),
@@ -692,7 +693,8 @@ class Run(NamedTuple):
         """Task and candidate as JSON has them."""
         names = ("kind", "metric", "batch_size", "epochs", "updates", "group_by_length", "settings")
         task = {name: getattr(self.task, name) for name in names}
-        return json.loads(json.dumps({"task": task, "candidate": self.arguments}))
+        candidate = self.arguments | CANDIDATES[self.candidate_name].changes
+        return json.loads(json.dumps({"task": task, "candidate": candidate}))
 
 
 class Stopwatch(TrainerCallback, ExportableState):
@@ -1028,7 +1030,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--candidates",
         nargs="+",
         choices=tuple(CANDIDATES),
-        default=[name for name, candidate in CANDIDATES.items() if not candidate.ablation],
+        default=[name for name, candidate in CANDIDATES.items() if not candidate.changes],
         help="by default all but plus_*, which are salsa_adam_plus without one of its parts",
     )
     parser.add_argument("--glue_dir", help="GLUE's own files; by default GLUE comes from the hub")

@@ -2,9 +2,7 @@
 
 import copy
 import inspect
-import io
 import math
-import pickle
 import sys
 from dataclasses import fields, replace
 from functools import partial
@@ -21,11 +19,14 @@ from test_optimizers import (
     backward,
     batches,
     clones,
+    deepcopied,
     initial_weights,
     network_loss,
     parameters,
+    pickled,
     point,
     same,
+    saved_and_loaded,
     square,
     train,
 )
@@ -361,24 +362,6 @@ def test_clipping_divides_out_of_slope_and_agreement(cls):
     if cls is SaLSaSGDPlus:  # what earlier gradients put into the direction is the same
         assert a["agreement"] == pytest.approx(b["agreement"])
         assert record.slope < free.last_search.slope
-
-
-def saved_and_loaded(cls, params, optimizer):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    params = [nn.Parameter(w) for w in clones(params)]
-    fresh = plain(cls, params, c=0.77)  # what is loaded must prevail
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return params, fresh
-
-
-def deepcopied(cls, params, optimizer):
-    return copy.deepcopy((params, optimizer))
-
-
-def pickled(cls, params, optimizer):
-    return pickle.loads(pickle.dumps((params, optimizer)))
 
 
 @both
