@@ -206,7 +206,6 @@ PRESETS: dict[str, dict[str, Task]] = {
             "accuracy",
             batch_size=16,
             settings={"task": "rte", **_SMALL},
-            seeds=(0,),
             calibration_seeds=(100,),
         ),
         "shakespeare": _text(
