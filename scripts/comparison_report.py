@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "loss_per_character": "held-out loss per character",
     "spearmanr": "Spearman correlation",
 }
+STANDS = 1.05  # a run stands beside a sweep with at most this ratio of the final training losses
 SMOOTHING = 20  # curves of the loss are averaged over this fraction of the run, 1/20
 Results = dict[str, Any]
 
@@ -62,9 +63,23 @@ class Cell:
 
 
 class Comparison:
-    """The results below a folder, by task and candidate."""
+    """The results below a folder, by task and candidate.
 
-    def __init__(self, output_dir: Path, labels: Mapping[str, str], tasks: Sequence[str]) -> None:
+    Attributes:
+        labels: Candidate that has runs -> what readers call it.
+        ablations: Likewise, a method and what is left of it without one part: empty if no part
+            was left out.
+        swept: The candidate whose rate was searched, if one was.
+        compared: The tasks with runs of `labels`.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        labels: Mapping[str, str],
+        tasks: Sequence[str],
+        ablations: Mapping[str, str],
+    ) -> None:
         found = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(output_dir.glob(f"*/*/seed_*/{RESULTS}"))
@@ -80,10 +95,13 @@ class Comparison:
             others = ", ".join(sorted(of_tasks - set(tasks)))
             raise UsageError(f"{output_dir} holds results of another preset's tasks: {others}")
         self.tasks = [task for task in tasks if task in of_tasks]
-        compared = {run["task"] for run in self.runs}
-        self.compared = [task for task in self.tasks if task in compared]
         present = {run["candidate"] for run in self.runs}
         self.labels = {name: label for name, label in labels.items() if name in present}
+        parts = {name: label for name, label in ablations.items() if name in present}
+        self.ablations = parts if set(parts) - set(labels) else {}
+        self.swept = next((run["candidate"] for run in self.calibrations), None)
+        compared = {run["task"] for run in self.runs if run["candidate"] in labels}
+        self.compared = [task for task in self.tasks if task in compared]
 
     def of(self, task: str, candidate: str) -> list[Results]:
         """Return the runs of a candidate on a task."""
@@ -99,14 +117,21 @@ class Comparison:
     def lower_is_better(self, task: str) -> bool:
         return self.settings(task)["metric"].startswith("loss")
 
-    def cells(self, task: str, name: str) -> dict[str, Cell]:
-        """Return the cell of each candidate that has runs on a task."""
-        runs = {candidate: self.of(task, candidate) for candidate in self.labels}
+    def cells(
+        self, task: str, name: str, candidates: Mapping[str, str] | None = None
+    ) -> dict[str, Cell]:
+        """Return the cell of each candidate, of `labels` by default, that has runs on a task."""
+        names = self.labels if candidates is None else candidates
+        runs = {candidate: self.of(task, candidate) for candidate in names}
         return {candidate: Cell.of(found, name) for candidate, found in runs.items() if found}
 
 
 def write_report(
-    output_dir: Path, labels: Mapping[str, str], tasks: Sequence[str], command: str
+    output_dir: Path,
+    labels: Mapping[str, str],
+    tasks: Sequence[str],
+    command: str,
+    ablations: Mapping[str, str],
 ) -> None:
     """Write `README.md`, its plots and the model cards into `output_dir`.
 
@@ -115,11 +140,13 @@ def write_report(
         labels: Candidate -> what readers call it, in the order of the columns.
         tasks: The tasks in the order of the rows.
         command: What repeats the comparison.
+        ablations: A method of `labels`, and what is left of it without one part -> what readers
+            call it.
 
     Raises:
         UsageError: There are no results, or some of other tasks.
     """
-    comparison = Comparison(output_dir, labels, tasks)
+    comparison = Comparison(output_dir, labels, tasks, ablations)
     if comparison.compared:
         draw_curves(comparison, "loss")
         draw_curves(comparison, "metric")
@@ -146,6 +173,8 @@ def write_report(
         "added.",
         *seconds_table(comparison),
         *(f"![{name.replace('_', ' ')}]({file})" for name, file in plots.items()),
+        *sweep_section(comparison),
+        *ablation_section(comparison),
         "## AdamW's peak rate",
         "Warm-up over a tenth of the run, then cosine. Found on seeds that the tables above do not "
         "use: peak metric / final training loss. The best metric is chosen.",
@@ -214,6 +243,21 @@ def rank_row(comparison: Comparison, rows: Sequence[tuple[Mapping[str, Cell], bo
     return [f"average rank ({len(complete)} tasks)", "", *averages]
 
 
+def rank_row_of_all_tasks(
+    comparison: Comparison, rows: Sequence[tuple[Mapping[str, Cell], bool]]
+) -> list[str]:
+    """Return the average rank over all tasks, among the candidates that have run on each."""
+    everywhere = [name for name in comparison.labels if all(name in cells for cells, _ in rows)]
+    if len(everywhere) < 2 or len(everywhere) == len(comparison.labels):
+        return []
+    among = [ranks({name: cells[name] for name in everywhere}, low) for cells, low in rows]
+    averages = [
+        f"{statistics.fmean(rank[name] for rank in among):.2f}" if name in everywhere else ""
+        for name in comparison.labels
+    ]
+    return [f"average rank of {len(everywhere)} ({len(rows)} tasks)", "", *averages]
+
+
 def average_row(
     comparison: Comparison,
     name: str,
@@ -241,7 +285,8 @@ def metric_table(comparison: Comparison) -> list[str]:
     rows = [grid_row(comparison, t, cells, 4, lower[t]) for t, cells in found.items()]
     higher = [cells for task, cells in found.items() if not lower[task]]
     rows.append(average_row(comparison, "average, losses left out", higher, statistics.fmean))
-    rows.append(rank_row(comparison, [(cells, lower[task]) for task, cells in found.items()]))
+    ranked = [(cells, lower[task]) for task, cells in found.items()]
+    rows += [rank_row(comparison, ranked), rank_row_of_all_tasks(comparison, ranked)]
     head = ["", "seeds", *comparison.labels.values()]
     return [markdown(head, [row for row in rows if row])]
 
@@ -250,7 +295,8 @@ def loss_table(comparison: Comparison) -> list[str]:
     found = [(task, comparison.cells(task, "final_training_loss")) for task in comparison.compared]
     rows = [grid_row(comparison, task, cells, 4, True) for task, cells in found]
     rows.append(average_row(comparison, "log-average", [c for _, c in found], log_average))
-    rows.append(rank_row(comparison, [(cells, True) for _, cells in found]))
+    ranked = [(cells, True) for _, cells in found]
+    rows += [rank_row(comparison, ranked), rank_row_of_all_tasks(comparison, ranked)]
     head = ["", "seeds", *comparison.labels.values()]
     return [markdown(head, [row for row in rows if row])]
 
@@ -270,6 +316,65 @@ def seconds_table(comparison: Comparison) -> list[str]:
             row.append(f"{text} ({passes:.0f})" if passes > 0 else text)
         rows.append(row)
     return [markdown(["", "seeds", *comparison.labels.values()], rows)]
+
+
+def sweep_section(comparison: Comparison) -> list[str]:
+    """Return how each candidate stands beside the one whose rate was searched."""
+    swept = comparison.swept
+    others = {name: label for name, label in comparison.labels.items() if name != swept}
+    rows = []
+    stands = dict.fromkeys(others, 0)
+    of_tasks = dict.fromkeys(others, 0)
+    for task in comparison.compared:
+        losses = comparison.cells(task, "final_training_loss")
+        metrics = comparison.cells(task, "peak_metric")
+        if swept not in losses or math.isnan(losses[swept].mean + metrics[swept].mean):
+            continue
+        row = [comparison.title(task)]
+        for name in others:
+            if name not in losses:
+                row.append("")
+                continue
+            ratio = losses[name].mean / losses[swept].mean
+            ahead = metrics[name].mean - metrics[swept].mean
+            behind = ahead if comparison.lower_is_better(task) else -ahead
+            holds = ratio <= STANDS and behind <= (metrics[swept].error or 0.0)
+            text = "failed" if math.isnan(ratio + ahead) else f"{ratio:.2f} / {ahead:+.4f}"
+            row.append(f"**{text}**" if holds else text)
+            stands[name] += holds
+            of_tasks[name] += 1
+        rows.append(row)
+    if not rows or not others:
+        return []
+    rows.append(["stands", *(f"{stands[name]} of {of_tasks[name]}" for name in others)])
+    return [
+        "## Beside a sweep",
+        f"One run of each candidate beside {comparison.labels[swept]}: its final training loss as "
+        "a ratio / the difference of the peak metrics. **Bold**: it stands beside the sweep, with "
+        f"at most {STANDS} times its loss and a metric no worse than its mean by more than its "
+        "standard error.",
+        markdown(["", *others.values()], rows),
+    ]
+
+
+def ablation_section(comparison: Comparison) -> list[str]:
+    """Return a method beside what is left of it without one of its parts."""
+    names = comparison.ablations
+    rows = []
+    for task in comparison.tasks:
+        losses = comparison.cells(task, "final_training_loss", names)
+        metrics = comparison.cells(task, "peak_metric", names)
+        if len(losses) > 1:
+            cells = {name: f"{losses[name].show(4)} / {metrics[name].show(4)}" for name in losses}
+            row = [comparison.title(task), seeds_of(losses)]
+            rows.append([*row, *(cells.get(name, "") for name in names)])
+    if not rows:
+        return []
+    return [
+        "## Without one of its parts",
+        "Final training loss / peak metric.",
+        markdown(["", "seeds", *names.values()], rows),
+    ]
 
 
 def calibration_table(comparison: Comparison) -> list[str]:

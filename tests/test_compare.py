@@ -20,7 +20,7 @@ from script_utils import UsageError
 from hf_salsa import OPTIMIZERS, SaLSaAdamPlus
 
 SMOKE = PRESETS["smoke"]
-LABELS = {name: candidate.label for name, candidate in CANDIDATES.items()}
+LABELS = {name: candidate.label for name, candidate in CANDIDATES.items() if not candidate.changes}
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert results["error"] == "FloatingPointError: 20 steps in a row were skipped"
     assert "losses" not in results
     carry_out(prose_run(tmp_path, "salsa_sgd"))
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "command")
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "command", {})
     report = (tmp_path / "README.md").read_text()
     assert "| failed |" in report
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
@@ -558,7 +558,7 @@ def test_tables_by_hand(tmp_path):
             peak_metric=metric,
         )
     labels = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
-    comparison_report.write_report(tmp_path, labels, tuple(SMOKE), "the command")
+    comparison_report.write_report(tmp_path, labels, tuple(SMOKE), "the command", {})
     report = (tmp_path / "README.md").read_text()
     assert "```bash\nthe command\n```" in report
     tables = {}
@@ -591,19 +591,86 @@ def test_a_task_that_is_not_complete_counts_in_no_average(tmp_path):
     write_results(tmp_path, "adam", 0)
     write_results(tmp_path, "adam", 0, task="probe")
     write_results(tmp_path, "salsa_adam", 0, task="probe")
-    comparison = Comparison(tmp_path, {"adam": "Adam", "salsa_adam": "SaLSa"}, tuple(SMOKE))
+    comparison = Comparison(tmp_path, {"adam": "Adam", "salsa_adam": "SaLSa"}, tuple(SMOKE), {})
     (table,) = comparison_report.loss_table(comparison)
     assert "log-average (1 tasks)" in table
     assert "| Prose ↓ | 1 | **1.0000** |  |" in table
+
+
+def test_an_average_rank_of_the_candidates_that_ran_everywhere(tmp_path):
+    for task, losses in {"probe": (3.0, 2.0, 1.0), "prose": (1.0, 2.0, None)}.items():
+        for candidate, loss in zip(("adam", "sgd", "salsa_adam"), losses, strict=True):
+            if loss is not None:
+                write_results(tmp_path, candidate, 0, task=task, final_training_loss=loss)
+    names = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa"}
+    (table,) = comparison_report.loss_table(Comparison(tmp_path, names, tuple(SMOKE), {}))
+    assert "| average rank (1 tasks) |  | 3.00 | 2.00 | 1.00 |" in table
+    assert "| average rank of 2 (2 tasks) |  | 1.50 | 1.50 |  |" in table
+
+
+def test_what_stands_beside_a_sweep(tmp_path):
+    names = {"sgd": "SGD", "salsa_adam": "SaLSa", "adam": "Adam", CALIBRATED: "AdamW"}
+    folder = f"{CALIBRATED}_at_0.001"
+    write_results(tmp_path, CALIBRATED, 100, folder=folder, rate=1e-3)
+    for seed, metric in enumerate((0.7, 0.9)):  # 0.8 with a standard error of 0.1
+        of_probe = {"task": "probe", "peak_metric": metric, "final_training_loss": 0.5}
+        write_results(tmp_path, CALIBRATED, seed, **of_probe)
+    for candidate, metric, loss in (
+        ("sgd", 0.71, 0.52),
+        ("salsa_adam", 0.69, 0.25),
+        ("adam", None, 0.5),
+    ):
+        of_probe = {"task": "probe", "peak_metric": metric, "final_training_loss": loss}
+        write_results(tmp_path, candidate, 0, **of_probe)
+    # The metric of prose is a loss: less is better, and one seed has no standard error.
+    write_results(tmp_path, CALIBRATED, 0, peak_metric=2.0, final_training_loss=2.0)
+    write_results(tmp_path, "sgd", 0, peak_metric=2.01, final_training_loss=2.0)
+    write_results(tmp_path, "salsa_adam", 0, peak_metric=1.5, final_training_loss=2.1)
+    write_results(tmp_path, CALIBRATED, 0, task="digits", final_training_loss=None)
+    write_results(tmp_path, "sgd", 0, task="digits")
+    comparison = Comparison(tmp_path, names, tuple(SMOKE), {})
+    heading, text, table = comparison_report.sweep_section(comparison)
+    assert heading == "## Beside a sweep"
+    assert "beside AdamW" in text
+    assert table.split("\n") == [
+        "|  | SGD | SaLSa | Adam |",
+        "| --- | --- | --- | --- |",
+        "| Bigram shift | **1.04 / -0.0900** | 0.50 / -0.1100 | failed |",
+        "| Prose | 1.00 / +0.0100 | **1.05 / -0.5000** |  |",
+        "| stands | 1 of 2 | 1 of 2 | 0 of 1 |",
+    ]
+
+
+def test_ablations_are_a_table_of_their_own(tmp_path):
+    write_results(tmp_path, "adam", 0)
+    write_results(tmp_path, "adam", 0, task="probe")
+    ablations = {"salsa_adam_plus": "plus", "plus_gradient": "along the gradient"}
+    for candidate, loss in (("salsa_adam_plus", 1.0), ("plus_gradient", 2.0)):
+        write_results(tmp_path, candidate, 0, final_training_loss=loss, peak_metric=loss + 0.5)
+        write_results(tmp_path, candidate, 1, final_training_loss=loss, peak_metric=loss + 0.5)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations)
+    report = (tmp_path / "README.md").read_text()
+    assert report.count("along the gradient") == 1
+    assert "|  | seeds | plus | along the gradient |" in report
+    row = "1.0000 ± 0.0000 / 1.5000 ± 0.0000 | 2.0000 ± 0.0000 / 2.5000 ± 0.0000"
+    assert f"| Prose | 2 | {row} |" in report
+    assert "| Prose ↓ | 1-2 | **1.0000** | **1.0000 ± 0.0000** |" in report
+
+
+def test_no_table_of_ablations_without_one(tmp_path):
+    write_results(tmp_path, "salsa_adam_plus", 0)
+    ablations = {"salsa_adam_plus": "plus", "plus_gradient": "along the gradient"}
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations)
+    assert "Without one of its parts" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_report_of_calibrations_alone(tmp_path):
     """While the grid is being filled."""
     folder = f"{CALIBRATED}_at_0.001"
     write_results(tmp_path, CALIBRATED, 100, folder=folder, rate=1e-3, peak_metric=1.25)
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command")
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {})
     report = (tmp_path / "README.md").read_text()
     assert "| Prose | 1.2500 / 1.0000 |" in report
     write_results(tmp_path, "salsa_adam", 0, task="digits")
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command")
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {})
     assert "| Digits | 1 | **1.0000** |" in (tmp_path / "README.md").read_text()
