@@ -1070,6 +1070,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, candidate in CANDIDATES.items()
                 if candidate.changes or name == ABLATED
             },
+            chosen=("salsa_adam", ABLATED, CALIBRATED),
         )
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ PLOTS = {
     "loss": "loss_curves.png",
     "metric": "metric_curves.png",
     "step_size": "step_sizes.png",
+    "chosen_step_size": "chosen_step_sizes.png",
     "seconds": "wall_clock.png",
 }
 METRIC_NAMES = {
@@ -132,6 +133,7 @@ def write_report(
     tasks: Sequence[str],
     command: str,
     ablations: Mapping[str, str],
+    chosen: Sequence[str],
 ) -> None:
     """Write `README.md`, its plots and the model cards into `output_dir`.
 
@@ -142,17 +144,22 @@ def write_report(
         command: What repeats the comparison.
         ablations: A method of `labels`, and what is left of it without one part -> what readers
             call it.
+        chosen: Candidates whose step sizes are drawn apart from the others'.
 
     Raises:
         UsageError: There are no results, or some of other tasks.
     """
     comparison = Comparison(output_dir, labels, tasks, ablations)
-    if comparison.compared:
+    plots = dict(PLOTS) if comparison.compared else {}
+    if plots:
         draw_curves(comparison, "loss")
         draw_curves(comparison, "metric")
-        draw_step_sizes(comparison)
+        draw_step_sizes(comparison, "step_size", tuple(comparison.labels))
         draw_seconds(comparison)
-    plots = PLOTS if comparison.compared else {}
+        if found := [name for name in chosen if name in comparison.labels]:
+            draw_step_sizes(comparison, "chosen_step_size", found)
+        else:
+            del plots["chosen_step_size"]
     cards = write_cards(comparison)
     sections = [
         "# Comparison",
@@ -507,21 +514,22 @@ def draw_curves(comparison: Comparison, name: str) -> None:
     save(figure, comparison, name)
 
 
-def draw_step_sizes(comparison: Comparison) -> None:
-    """Draw the step size, or rate, of every run."""
+def draw_step_sizes(comparison: Comparison, name: str, candidates: Sequence[str]) -> None:
+    """Draw the step size, or rate, of every run of some candidates."""
     figure, axes = panels(comparison)
     colour = colours(comparison)
     for task, axis in axes.items():
         axis.set_ylabel("step size")
         axis.set_yscale("log")
-        for candidate, label in comparison.labels.items():
+        for candidate in candidates:
             for run in comparison.of(task, candidate):
                 if run["status"] == "finished":
                     sizes = np.array(run["step_sizes"], dtype=float)
                     sizes[sizes <= 0] = np.nan  # the ends of a schedule, on a logarithmic axis
                     x = np.arange(1, len(sizes) + 1)
-                    axis.plot(x, sizes, label=label, color=colour[candidate], linewidth=0.8)
-    save(figure, comparison, "step_size")
+                    label, shade = comparison.labels[candidate], colour[candidate]
+                    axis.plot(x, sizes, label=label, color=shade, linewidth=0.8)
+    save(figure, comparison, name)
 
 
 def draw_seconds(comparison: Comparison) -> None:

@@ -242,7 +242,7 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert results["error"] == "FloatingPointError: 20 steps in a row were skipped"
     assert "losses" not in results
     carry_out(prose_run(tmp_path, "salsa_sgd"))
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "command", {})
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "command", {}, ())
     report = (tmp_path / "README.md").read_text()
     assert "| failed |" in report
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
@@ -558,7 +558,7 @@ def test_tables_by_hand(tmp_path):
             peak_metric=metric,
         )
     labels = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
-    comparison_report.write_report(tmp_path, labels, tuple(SMOKE), "the command", {})
+    comparison_report.write_report(tmp_path, labels, tuple(SMOKE), "the command", {}, ())
     report = (tmp_path / "README.md").read_text()
     assert "```bash\nthe command\n```" in report
     tables = {}
@@ -648,7 +648,7 @@ def test_ablations_are_a_table_of_their_own(tmp_path):
     for candidate, loss in (("salsa_adam_plus", 1.0), ("plus_gradient", 2.0)):
         write_results(tmp_path, candidate, 0, final_training_loss=loss, peak_metric=loss + 0.5)
         write_results(tmp_path, candidate, 1, final_training_loss=loss, peak_metric=loss + 0.5)
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
     report = (tmp_path / "README.md").read_text()
     assert report.count("along the gradient") == 1
     assert "|  | seeds | plus | along the gradient |" in report
@@ -657,10 +657,19 @@ def test_ablations_are_a_table_of_their_own(tmp_path):
     assert "| Prose ↓ | 1-2 | **1.0000** | **1.0000 ± 0.0000** |" in report
 
 
+@pytest.mark.parametrize("chosen", [("salsa_adam",), ("sgd",)])
+def test_step_sizes_are_drawn_apart_of_what_has_run(tmp_path, chosen):
+    write_results(tmp_path, "salsa_adam", 0)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, chosen)
+    has_run = chosen == ("salsa_adam",)
+    assert (tmp_path / "chosen_step_sizes.png").is_file() is has_run
+    assert ("(chosen_step_sizes.png)" in (tmp_path / "README.md").read_text()) is has_run
+
+
 def test_no_table_of_ablations_without_one(tmp_path):
     write_results(tmp_path, "salsa_adam_plus", 0)
     ablations = {"salsa_adam_plus": "plus", "plus_gradient": "along the gradient"}
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations)
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
     assert "Without one of its parts" not in (tmp_path / "README.md").read_text()
 
 
@@ -668,9 +677,9 @@ def test_a_report_of_calibrations_alone(tmp_path):
     """While the grid is being filled."""
     folder = f"{CALIBRATED}_at_0.001"
     write_results(tmp_path, CALIBRATED, 100, folder=folder, rate=1e-3, peak_metric=1.25)
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {})
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, ())
     report = (tmp_path / "README.md").read_text()
     assert "| Prose | 1.2500 / 1.0000 |" in report
     write_results(tmp_path, "salsa_adam", 0, task="digits")
-    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {})
+    comparison_report.write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, ())
     assert "| Digits | 1 | **1.0000** |" in (tmp_path / "README.md").read_text()
