@@ -3,7 +3,8 @@
 The optimizers alone, on parameters shaped like MiniLM-L6, BERT-base and GPT-2 small:
     python scripts/benchmark.py step
 
-Whole training runs (MiniLM and GPT-2 from their configurations, random data):
+Whole training runs (MiniLM and GPT-2 from their configurations, random data). All contenders are in
+memory at once: GPT-2 takes 23 GB, and on one thread an hour.
     python scripts/benchmark.py train
 
 In a fraction of the time, with wider spreads: --quick. On a GPU: train --bf16.
