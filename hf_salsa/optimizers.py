@@ -1256,7 +1256,7 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_trials: int = 30,
-        cool_down: float = 0.9,
+        cool_down: float = 0.6,
         total_steps: int | None = None,
     ) -> None:
         LineSearchOptimizer.__init__(
@@ -1330,7 +1330,7 @@ class SaLSaSGDPlus(_OneTrialOptimizer, SaLSaSGD):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         max_trials: int = 30,
-        cool_down: float = 0.9,
+        cool_down: float = 0.6,
         total_steps: int | None = None,
     ) -> None:
         LineSearchOptimizer.__init__(

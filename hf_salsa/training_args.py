@@ -94,7 +94,7 @@ class SaLSaArgumentsMixin:
         default=None,
         metadata={
             "help": "Share of the run, from 0 to 1, over which at its end the step size falls "
-            "linearly to 0. Default: 0, 0.9 (plus)."
+            "linearly to 0. Default: 0, 0.6 (plus)."
         },
     )
 

@@ -340,7 +340,7 @@ def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base)
         "double within 12 steps as long as new",
         "within 500 steps ever after",
         "by at least 0.4 of what the slope predicts (after",
-        "over the last 90 % of the run the step size fell linearly to 0",
+        "over the last 60 % of the run the step size fell linearly to 0",
         "the search ran at every step in the beginning, and ever less often later, up to 10 steps",
     ):
         assert words in procedure

@@ -488,7 +488,7 @@ def test_defaults():
         "max_search_interval": 10,
         "direction": "momentum",
         "max_trials": 30,
-        "cool_down": 0.9,
+        "cool_down": 0.6,
         "total_steps": None,
     }
     own = {
