@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import compare
 import comparison_report
@@ -128,6 +129,8 @@ def test_ctrl_c_ends_the_grid_at_once(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as in a terminal
+        # A shell's background job would have it ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
