@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference import Parameter, PlusReference
 from test_optimizers import (
     ADAM_OPTIONS,
+    CAUSES,
     Recorded,
     backward,
     batches,
@@ -27,6 +28,8 @@ from test_optimizers import (
     point,
     same,
     saved_and_loaded,
+    snapshot,
+    spoil,
     square,
     train,
 )
@@ -470,6 +473,56 @@ def test_sharded_parameters_give_the_same_trajectory(mesh, cls):
         optimizer.step(loss_fn, loss=backward(sharded, loss_fn))
         sizes.append(optimizer.step_size)
     assert sizes == pytest.approx(train(other, whole, batches(40)), rel=1e-9)
+
+
+# --- steps that are not taken -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@both
+def test_not_finite_steps_are_skipped(cls, cause):
+    params = parameters()
+    optimizer = plain(cls, params)
+    train(optimizer, params, batches(5))
+    assert optimizer.search_due
+    weights, state = clones(params), snapshot(optimizer)
+    closure, loss = spoil(params, cause)
+    optimizer.step(closure, loss=loss)
+    assert same(clones(params), weights)
+    group = state["param_groups"][0]
+    group.update(steps=6, skipped_steps=1, consecutive_skips=1)
+    group["trials"] += cause == "nan closure"
+    assert same(optimizer.state_dict(), state)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("steps_before", [0, 5])
+@both
+def test_an_exception_in_a_trial_leaves_everything_as_it_was(cls, steps_before, error):
+    params, undisturbed = parameters(torch.float32), parameters(torch.float32)
+    optimizer, other = plain(cls, params), plain(cls, undisturbed)
+    data = list(batches(9, torch.float32))
+    train(optimizer, params, data[:steps_before])
+    train(other, undisturbed, data[:steps_before])
+    loss_fn = partial(network_loss, params, *data[steps_before])
+    start, calls = clones(params), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if not same(clones(params), start):
+            raise error
+        return loss_fn()
+
+    loss = backward(params, loss_fn)
+    with pytest.raises(type(error)):
+        optimizer.step(closure, loss=loss)
+    # The first search of all evaluates the loss once more at w_k.
+    assert calls == (1 if steps_before else 2)
+    assert same(clones(params), start)
+    rest = data[steps_before:]
+    assert train(optimizer, params, rest) == train(other, undisturbed, rest)
+    assert same(clones(params), clones(undisturbed))
 
 
 # --- arguments ----------------------------------------------------------------------------------
