@@ -1211,6 +1211,9 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
     The warm-up searches at every step. After it searches are 1 + (searches so far) / 8 steps apart,
     at most `max_search_interval`.
 
+    Clip the gradients: without it training from scratch may fail. `SaLSaTrainer` clips them at a
+    norm of 1; a loop of one's own does it as below.
+
     Args:
         params: As in `SaLSaAdam`. beta1 must be above 0.
         c: Share of the first-order decrease that must be reached, in (0, 1).
@@ -1237,6 +1240,14 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
 
     Example:
         >>> optimizer = SaLSaAdamPlus(model.parameters(), total_steps=len(loader))
+        >>> objective = BatchObjective(model, optimizer)
+        >>> for batch in loader:
+        ...     loss = objective.record(loss_fn, batch)
+        ...     loss.backward()
+        ...     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     objective.note_clipping(norm, 1.0)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from .optimizers import OPTIMIZERS, SaLSaAdam
 
 _DEFAULT_OPTIMIZER = "salsa_adam"
 _PREFIX = "salsa_"
+_UNCLIPPED = ("salsa_adam", "salsa_sgd", "sls_adam", "sls_sgd")  # the paper's methods
 
 
 @dataclass
@@ -33,8 +34,8 @@ class SaLSaArgumentsMixin:
     max_grad_norm: float | None = field(
         default=None,
         metadata={
-            "help": "Largest norm of the gradient; 0 does not clip. Default: 0 with a line search, "
-            "transformers' own default with any other optimizer."
+            "help": "Largest norm of the gradient; 0 does not clip. Default: 0 with the paper's "
+            "line searches, transformers' own default with the plus ones and all other optimizers."
         },
     )
     logging_steps: float = field(
@@ -109,7 +110,7 @@ class SaLSaArgumentsMixin:
                 f"{', '.join(OPTIMIZERS)}. Of transformers: {', '.join(stock)}."
             )
         if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if name in OPTIMIZERS else _stock_default("max_grad_norm")
+            self.max_grad_norm = 0.0 if name in _UNCLIPPED else _stock_default("max_grad_norm")
         if name in OPTIMIZERS:
             self._check_line_search_arguments(name)
             # transformers knows its own names only; none of what it derives depends on this one.
@@ -170,8 +171,8 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
 
     Defaults that differ from `TrainingArguments`:
         - `optim`: `"salsa_adam"` instead of `"adamw_torch_fused"`.
-        - `max_grad_norm`: 0 (no clipping) instead of 1 with a line search. The search itself
-          refuses steps that are too large.
+        - `max_grad_norm`: 0 (no clipping) instead of 1 with the paper's line searches. The plus
+          ones keep the 1, without which training from scratch may fail.
         - `logging_steps`: 10 instead of 500, and `logging_first_step`: True instead of False, so
           that the step size can be seen finding itself.
     """

@@ -238,15 +238,23 @@ PRESETS: dict[str, dict[str, Task]] = {
         "digits": _image(
             "Digits", batch_size=32, epochs=20.0, settings={"architecture": "resnet_small"}
         ),
-        # Kept out of every choice of a default: they show whether it holds elsewhere.
-        "stsb": _small_glue(
-            "STS-B", "spearmanr", batch_size=16, settings={"task": "stsb", **_SMALL}
-        ),
         "python_prose": _text(
             "Prose of Python",
             batch_size=12,
             updates=600,
             settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bpe"},
+        ),
+        # Kept out of every choice of a default: they show whether it holds elsewhere.
+        "stsb": _small_glue(
+            "STS-B", "spearmanr", batch_size=16, settings={"task": "stsb", **_SMALL}
+        ),
+        "sst2_scratch": _glue(
+            "SST-2, from scratch",
+            "accuracy",
+            batch_size=32,
+            rates=SCRATCH_RATES,
+            group_by_length=True,
+            settings={"task": "sst2", "max_train_samples": 20_000, "max_seq_length": 64},
         ),
     },
     # Quick enough to try rules for the step size on all of it, on seeds that the others do not use.
@@ -657,11 +665,11 @@ def _without(part: str, **changes: Any) -> Candidate:
     )
 
 
-def _tried(label: str, rule: Callable[..., SaLSaAdam], **options: Any) -> Candidate:
+def _tried(label: str, rule: type[SaLSaAdam], **options: Any) -> Candidate:
     """Return a rule that was tried before `salsa_adam_plus`."""
     return Candidate(
         label,
-        {"optim": "salsa_adam"},
+        {"optim": ABLATED if issubclass(rule, SaLSaAdamPlus) else "salsa_adam"},
         make_optimizer=partial(rule, **options),
         resumes=False,
         changes={"rule": rule.__name__, **options},
@@ -675,6 +683,7 @@ ABLATIONS = {
     "plus_gradient": _without("tested along the gradient", direction="gradient"),
     "plus_no_averages": _without("without averages", beta3=0.0),
     "plus_no_cool_down": _without("without cool-down", cool_down=0.0),
+    "plus_no_clipping": Candidate("without clipping", {"optim": ABLATED, "max_grad_norm": 0.0}),
 }
 TRIED = {
     "tried_cool_down": _tried("SaLSa, cooled down", SaLSaAdam, cool_down=0.6),

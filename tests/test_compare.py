@@ -298,9 +298,9 @@ ABLATIONS = {
 
 
 def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
-    assert ABLATIONS.keys() == compare.ABLATIONS.keys()
-    assert {*ABLATIONS, *compare.TRIED, *BY_DEFAULT} == set(CANDIDATES)
-    assert len(ABLATIONS) + len(compare.TRIED) + len(BY_DEFAULT) == len(CANDIDATES)
+    assert {*ABLATIONS, "plus_no_clipping"} == compare.ABLATIONS.keys()
+    assert {*compare.ABLATIONS, *compare.TRIED, *BY_DEFAULT} == set(CANDIDATES)
+    assert not {*compare.ABLATIONS, *compare.TRIED} & set(BY_DEFAULT)
     whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     for name, changed in ABLATIONS.items():
         run = prose_run(tmp_path, name)
@@ -310,6 +310,9 @@ def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
         (group,) = trainer.optimizer.param_groups
         assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
         assert run.configuration["candidate"] == {"optim": "salsa_adam_plus", **changed}
+        assert trainer.args.max_grad_norm == 1.0
+    unclipped = compare.ABLATIONS["plus_no_clipping"].arguments
+    assert unclipped == {"optim": "salsa_adam_plus", "max_grad_norm": 0.0}
 
 
 def test_the_study_is_of_the_rules_that_were_tried():
