@@ -1,4 +1,4 @@
-"""Rules for the step size that were tried on the way to `salsa_adam_plus`, and lost.
+"""Rules for the step size that were tried on the way to `salsa_adam_plus`.
 
 Prototypes, kept so that `compare.py --preset study` can repeat the comparison; to train, use the
 optimizers of `hf_salsa`. Each is `SaLSaAdam` or `SaLSaAdamPlus` with one thing changed. They run on
