@@ -7,7 +7,7 @@ Kenneweg et al., "No learning rates needed: Introducing SALSA" (IJCNN 2024).
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -562,9 +562,13 @@ class LineSearchOptimizer(Optimizer):
         """Return -d_k, the tested direction with its sign turned; float32 or wider."""
         raise NotImplementedError
 
-    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[list[Tensor]]:
-        """Return <g_k, -d_k> of each piece, and further lists of what else the search must know."""
-        return [_dots(chunk.grads, direction)]
+    def _measure(self, chunk: _Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return what `_direction` does, and lists of one number per piece: <g_k, -d_k> first.
+
+        Further lists are what else the search must know.
+        """
+        direction = self._direction(chunk)
+        return direction, [_dots(chunk.grads, direction)]
 
     def _choose(
         self,
@@ -576,7 +580,7 @@ class LineSearchOptimizer(Optimizer):
         slopes: list[float],
         resolution: float,
     ) -> tuple[SearchRecord, SearchState]:
-        """Search the step size; `slopes` are the sums of the lists that `_products` returned."""
+        """Search the step size; `slopes` are the sums of the lists that `_measure` returned."""
         (slope,) = slopes
         return search(settings, state, evaluate, loss=loss, slope=slope, resolution=resolution)
 
@@ -656,7 +660,7 @@ class LineSearchOptimizer(Optimizer):
     def _write_first_trial(
         self, chunks: list[_Chunk], step_size: float, backed_up: list[_Chunk]
     ) -> list[float]:
-        """Write w_k + step_size * d_k into the parameters, and return the sums of `_products`.
+        """Write w_k + step_size * d_k into the parameters, and return the sums of `_measure`.
 
         One pass over memory makes the backup, the slope and the first trial point. What is safe in
         the backup is added to `backed_up`.
@@ -666,8 +670,7 @@ class LineSearchOptimizer(Optimizer):
         for chunk in chunks:
             torch._foreach_copy_(chunk.backups, chunk.params)
             backed_up.append(chunk)
-            direction = self._direction(chunk)
-            found = self._products(chunk, direction)
+            direction, found = self._measure(chunk)
             products = products or [[] for _ in found]
             for column, pieces in zip(products, found, strict=True):
                 column += pieces
@@ -883,31 +886,41 @@ class SaLSaAdam(LineSearchOptimizer):
         return [int(step) + 1 for step in torch.stack(steps).tolist()]
 
     def _direction(self, chunk: _Chunk) -> list[Tensor]:
-        if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
-            return self._precondition(chunk, chunk.grads)
+        return self._preconditioned(chunk, self._preconditioner(chunk))
+
+    def _preconditioned(self, chunk: _Chunk, preconditioner: list[Tensor]) -> list[Tensor]:
+        """Turn `preconditioner` into -d_k, in its own memory: new tensors cost more than this."""
         beta1, _ = chunk.group["betas"]
-        correction = 1 - beta1**chunk.step
-        first = torch._foreach_mul(chunk.states["exp_avg"], beta1 / correction)
-        grads = [g.to(m.dtype) for g, m in zip(chunk.grads, first, strict=True)]
-        torch._foreach_add_(first, grads, alpha=(1 - beta1) / correction)
-        return self._precondition(chunk, first)  # mhat_k, Eq. 2
+        if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
+            numerators = chunk.grads
+        else:
+            correction = 1 - beta1**chunk.step
+            numerators = list(torch._foreach_mul(chunk.states["exp_avg"], beta1 / correction))
+            grads = [g.to(m.dtype) for g, m in zip(chunk.grads, numerators, strict=True)]
+            torch._foreach_add_(numerators, grads, alpha=(1 - beta1) / correction)  # mhat_k, Eq. 2
+        torch._foreach_mul_(
+            preconditioner,
+            [n.to(p.dtype) for n, p in zip(numerators, preconditioner, strict=True)],
+        )
+        return preconditioner
 
     @staticmethod
-    def _precondition(chunk: _Chunk, numerators: Sequence[Tensor]) -> list[Tensor]:
-        """Return numerators / (sqrt(vhat_k) + eps)."""
+    def _preconditioner(chunk: _Chunk) -> list[Tensor]:
+        """Return 1 / (sqrt(vhat_k) + eps)."""
         _, beta2 = chunk.group["betas"]
         second = chunk.states["exp_avg_sq"]
         grads = [g.to(v.dtype) for g, v in zip(chunk.grads, second, strict=True)]
         correction = 1 - beta2**chunk.step
-        denominators = torch._foreach_mul(second, beta2 / correction)  # vhat_k, Eq. 2
-        torch._foreach_addcmul_(denominators, grads, grads, value=(1 - beta2) / correction)
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, chunk.group["eps"])
-        torch._foreach_reciprocal_(denominators)  # in place: new tensors cost more than this
-        torch._foreach_mul_(
-            denominators, [n.to(v.dtype) for n, v in zip(numerators, second, strict=True)]
-        )
-        return list(denominators)
+        result = list(torch._foreach_mul(second, beta2 / correction))  # vhat_k, Eq. 2
+        torch._foreach_addcmul_(result, grads, grads, value=(1 - beta2) / correction)
+        if result[0].device.type == "cpu":
+            # The square root of 0 takes MKL thirty times as long as that of another number, and
+            # words that have not occurred yet have 0. Beside eps nothing is seen of this.
+            torch._foreach_clamp_min_(result, torch.finfo(result[0].dtype).tiny)
+        torch._foreach_sqrt_(result)
+        torch._foreach_add_(result, chunk.group["eps"])
+        torch._foreach_reciprocal_(result)
+        return result
 
     def _update_group(
         self,
@@ -1152,17 +1165,10 @@ class SLSSGD(SaLSaSGD):
 
 
 class _OneTrialOptimizer(LineSearchOptimizer):
-    """What the two `...Plus` optimizers share: `search_once` and the agreement that it needs."""
+    """What the two `...Plus` optimizers share: `search_once`. `_measure` adds <g_k, p_k>."""
 
     _settings_type = AgreementSettings
     _state_type = AgreementState
-
-    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
-        """Return p_k: what earlier gradients put into the final direction, its sign turned."""
-        raise NotImplementedError
-
-    def _products(self, chunk: _Chunk, direction: list[Tensor]) -> list[list[Tensor]]:
-        return [_dots(chunk.grads, direction), _dots(chunk.grads, self._earlier(chunk))]
 
     def _choose(
         self,
@@ -1299,11 +1305,16 @@ class SaLSaAdamPlus(_OneTrialOptimizer, SaLSaAdam):
                 "gradient with those before it, so beta1 must be above 0 (0.9 works well)."
             )
 
-    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
+    def _measure(self, chunk: _Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
         beta1, _ = chunk.group["betas"]
+        preconditioner = self._preconditioner(chunk)
         factor = beta1 / (1 - beta1**chunk.step)
-        first = torch._foreach_mul(chunk.states["exp_avg"], factor)
-        return self._precondition(chunk, first)
+        earlier = list(torch._foreach_mul(chunk.states["exp_avg"], factor))
+        torch._foreach_mul_(earlier, preconditioner)  # p_k
+        agreement = _dots(chunk.grads, earlier)
+        del earlier  # before the direction takes as much again
+        direction = self._preconditioned(chunk, preconditioner)
+        return direction, [_dots(chunk.grads, direction), agreement]
 
 
 class SaLSaSGDPlus(_OneTrialOptimizer, SaLSaSGD):
@@ -1372,8 +1383,11 @@ class SaLSaSGDPlus(_OneTrialOptimizer, SaLSaSGD):
                 "each gradient with those before it, so momentum must be above 0 (0.9 works well)."
             )
 
-    def _earlier(self, chunk: _Chunk) -> list[Tensor]:
-        return list(torch._foreach_mul(chunk.states["momentum_buffer"], chunk.group["momentum"]))
+    def _measure(self, chunk: _Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
+        direction, products = super()._measure(chunk)
+        buffers = chunk.states["momentum_buffer"]
+        earlier = list(torch._foreach_mul(buffers, chunk.group["momentum"]))  # p_k
+        return direction, [*products, _dots(chunk.grads, earlier)]
 
 
 OPTIMIZERS: dict[str, type[SaLSaAdam] | type[SaLSaSGD]] = {

@@ -118,9 +118,10 @@ class RelativeChange(SaLSaAdam):
 
     largest = 0.01
 
-    def _products(self, chunk: Any, direction: list[Tensor]) -> list[list[Tensor]]:
+    def _measure(self, chunk: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
+        direction, products = super()._measure(chunk)
         squares = [[t.square().sum() for t in column] for column in (direction, chunk.backups)]
-        return [*super()._products(chunk, direction), *squares]
+        return direction, [*products, *squares]
 
     def _choose(
         self,

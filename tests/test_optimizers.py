@@ -273,6 +273,24 @@ def test_slope_is_the_directional_derivative(cls, direction, clip_factor):
         assert record.decrease == pytest.approx(record.step_size * record.slope, rel=1e-4)
 
 
+def test_words_that_have_not_occurred_change_no_digit_of_the_trial_point():
+    """Their second moment is 0, which is raised to what the processor takes the root of fast."""
+    param = point(0.0, 0.0, 0.0, 0.0, dtype=torch.float32)
+    param.grad = grad = torch.tensor([0.0, 1e-25, 1e-16, 1e-3])
+    optimizer, trials = SLSAdam([param], initial_step_size=0.5, max_trials=1), []
+
+    def closure():
+        trials.append(param.detach().clone())
+        return torch.tensor(1.0) - 100 * (len(trials) > 1)
+
+    optimizer.step(closure)
+    vhat = torch.zeros(4).addcmul(grad, grad, value=(1 - 0.999) / (1 - 0.999**1))
+    direction = grad * (vhat.sqrt() + 1e-8).reciprocal()
+    assert optimizer.last_search.accepted
+    assert direction[1] != 0 == vhat[1]
+    assert torch.equal(trials[1], -optimizer.last_search.step_size * direction)
+
+
 def test_the_slope_counts_the_steps_of_each_parameter():
     """One that joins late has its own k in Eq. 2."""
     early, late = point(1.0, -2.0), point(0.5)
