@@ -1,66 +1,27 @@
 """BatchObjective: the loss of one recorded (accumulated) mini-batch, at any weights."""
 
 import copy
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import GradientState
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import LineSearchOptimizer
-
-# Integer buffers above this many elements are quantised weights, which no forward pass writes.
-_LARGEST_INTEGER_BUFFER = 4096
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    """The state of every random stream that a forward pass may draw from."""
-
-    python: Any
-    numpy: Any
-    torch_cpu: Tensor
-    accelerators: dict[torch.device, Tensor]
-
-    @classmethod
-    def capture(cls, devices: list[torch.device]) -> "_RandomState":
-        return cls(
-            python=random.getstate(),
-            numpy=np.random.get_state(),
-            torch_cpu=torch.get_rng_state(),
-            accelerators={
-                device: torch.get_device_module(device).get_rng_state(*_index(device))
-                for device in devices
-            },
-        )
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch_cpu)
-        for device, state in self.accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, *_index(device))
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # MPS has one device and takes no argument
+from .optimizers.tensors import whole
+from .traces import Snapshot, reshard, without_trace
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
     loss_fn: Callable[..., Tensor]
     inputs: tuple[Any, ...]
-    random_state: _RandomState
+    before: Snapshot  # the forward pass
 
 
 class BatchObjective:
@@ -101,19 +62,24 @@ class BatchObjective:
         line_search = unwrap_optimizer(optimizer)
         if line_search is None:
             raise TypeError(
-                f"BatchObjective needs a line-search optimizer (SaLSaAdam, SaLSaSGD, SLSAdam, "
-                f"SLSSGD), not {type(optimizer).__name__}: no other one evaluates the loss again."
+                f"BatchObjective needs a line-search optimizer (SaLSaAdam, ...), not "
+                f"{type(optimizer).__name__}: no other one evaluates the loss again."
             )
         self._model = model
         self._optimizer: LineSearchOptimizer = line_search
         self._divisor = gradient_accumulation_steps
         self._losses: list[Tensor] = []
         self._micro_batches: list[_MicroBatch] = []
-        self._buffers: dict[str, Tensor] = {}
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
         self._update_complete = True
+        self._scaler = _scaler_of(optimizer)
         line_search.attach(self)
+
+    @property
+    def line_search(self) -> LineSearchOptimizer:
+        """The line-search optimizer, without Accelerate's wrapper."""
+        return self._optimizer
 
     @property
     def recorded(self) -> bool:
@@ -164,12 +130,10 @@ class BatchObjective:
             self._optimizer.note_skipped_step()
         # FSDP2 holds the gradients of an unfinished update where `.grad` does not show them;
         # Accelerate knows. Without Accelerate this is always True.
-        self._update_complete = GradientState().sync_gradients
+        self._update_complete = _synchronises_gradients()
         micro_batch = None
         if self._optimizer.search_due:
-            if not self._losses:
-                self._buffers = self._copy_buffers()
-            micro_batch = _MicroBatch(loss_fn, _shallow_copy(inputs), self._random_state())
+            micro_batch = _MicroBatch(loss_fn, _shallow_copy(inputs), Snapshot(self._model))
         loss = loss_fn(*inputs)
         self._losses.append(self._scaled(loss))
         if micro_batch is not None:
@@ -199,6 +163,33 @@ class BatchObjective:
             clip_factor.clamp(max=1.0) if isinstance(clip_factor, Tensor) else min(clip_factor, 1.0)
         )
 
+    def clip_grad_norm_(self, max_norm: float, scaler: GradScaler | None = None) -> Tensor:
+        """Clip the gradients of the optimizer's parameters at a norm, and tell the search.
+
+        `torch.nn.utils.clip_grad_norm_` for a loop of one's own: call it after the last backward
+        pass of an update.
+
+        Args:
+            max_norm: The largest norm, above 0.
+            scaler: The `torch.amp.GradScaler` of the loop, whose scaled gradients must be unscaled
+                first. That of Accelerate is known.
+
+        Returns:
+            The norm of all gradients before clipping.
+
+        Raises:
+            ValueError: `max_norm` is not above 0.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm!r} is not allowed: it must be a number above 0.")
+        scaler = scaler or self._scaler
+        if scaler is not None:
+            scaler.unscale_(self._optimizer)
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = whole(torch.nn.utils.clip_grad_norm_(params, max_norm))
+        self.note_clipping(norm, max_norm)
+        return norm
+
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Return the recorded mini-batch's loss at the current weights.
@@ -211,41 +202,19 @@ class BatchObjective:
                 "BatchObjective has no mini-batch to evaluate: call record() before backward(), "
                 "on a step with optimizer.search_due."
             )
-        with self.without_trace():
-            self._write_buffers(self._buffers)
-            losses = []
+        losses = []
+        with without_trace(self._model):
             for micro_batch in self._micro_batches:
-                micro_batch.random_state.restore()
-                # FSDP2 keeps gathered weights after a forward pass: they are those of the last
-                # trial by now, and the next pass, of training too, would read them.
-                self._reshard()
+                micro_batch.before.restore()
+                reshard(self._model)
                 losses.append(self._scaled(micro_batch.loss_fn(*_shallow_copy(micro_batch.inputs))))
-                self._reshard()
+                reshard(self._model)
             return _total(losses)
-
-    @contextmanager
-    def without_trace(self) -> Iterator[None]:
-        """Leave random streams and buffers as they are now, whatever runs inside."""
-        random_state = self._random_state()
-        buffers = self._copy_buffers()
-        # After a forward pass without gradients DDP would not broadcast buffers for the next one.
-        wrappers = [m for m in self._model.modules() if isinstance(m, DistributedDataParallel)]
-        broadcasts = [wrapper.require_forward_param_sync for wrapper in wrappers]
-        try:
-            for wrapper in wrappers:
-                wrapper.require_forward_param_sync = False
-            yield
-        finally:
-            for wrapper, broadcast in zip(wrappers, broadcasts, strict=True):
-                wrapper.require_forward_param_sync = broadcast
-            self._write_buffers(buffers)
-            random_state.restore()
 
     def clear(self) -> None:
         """Forget the recorded mini-batch."""
         self._losses = []
         self._micro_batches = []
-        self._buffers = {}
         self._clip_factor = 1.0
         self._gradient_norm = None
 
@@ -256,33 +225,8 @@ class BatchObjective:
             for param in group["params"]
         )
 
-    def _reshard(self) -> None:
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss.detach() / self._divisor if self._divisor > 1 else loss.detach()
-
-    def _random_state(self) -> _RandomState:
-        devices = {param.device for param in self._model.parameters()}
-        return _RandomState.capture([d for d in devices if d.type not in ("cpu", "meta")])
-
-    def _copy_buffers(self) -> dict[str, Tensor]:
-        return {
-            name: buffer.clone()
-            for name, buffer in self._model.named_buffers()
-            if buffer.is_floating_point()
-            or buffer.is_complex()
-            or buffer.numel() <= _LARGEST_INTEGER_BUFFER
-        }
-
-    @torch.no_grad()
-    def _write_buffers(self, values: dict[str, Tensor]) -> None:
-        # Looked up afresh: a module may have put a new tensor in the place of the old one.
-        for name, buffer in self._model.named_buffers():
-            if name in values:
-                buffer.copy_(values[name])
 
 
 def _several_processes() -> bool:
@@ -295,9 +239,26 @@ def _shallow_copy(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def unwrap_optimizer(optimizer: Optimizer | None) -> LineSearchOptimizer | None:
     """Return the line-search optimizer inside Accelerate's wrapper, or None if it is another."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
+    while _is_accelerated(optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[union-attr]
     return optimizer if isinstance(optimizer, LineSearchOptimizer) else None
+
+
+def _is_accelerated(optimizer: Optimizer | None) -> bool:
+    # Where Accelerate is not loaded, nothing is wrapped; to import it costs a second.
+    accelerate = sys.modules.get("accelerate.optimizer")
+    return accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer)
+
+
+def _scaler_of(optimizer: Optimizer) -> GradScaler | None:
+    """Return the gradient scaler that Accelerate uses with an optimizer."""
+    return optimizer.scaler if _is_accelerated(optimizer) else None  # type: ignore[attr-defined]
+
+
+def _synchronises_gradients() -> bool:
+    """Return whether this micro-batch ends an update, as far as Accelerate knows."""
+    accelerate = sys.modules.get("accelerate.state")
+    return accelerate is None or bool(accelerate.GradientState().sync_gradients)
 
 
 def _total(losses: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from .model_card import write_model_card
 from .objective import BatchObjective, unwrap_optimizer
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .traces import without_trace
 from .training_args import (
     SaLSaArgumentsMixin,
     ignored_settings,
@@ -118,6 +119,11 @@ class SaLSaTrainerMixin(_Base):
                 )
         if uses_line_search:
             self._refuse_what_comes_out_wrong(name)
+
+    @property
+    def line_search(self) -> LineSearchOptimizer | None:
+        """The line-search optimizer, without Accelerate's wrapper; None with any other."""
+        return unwrap_optimizer(self.optimizer)
 
     def _refuse_what_comes_out_wrong(self, name: str) -> None:
         """Raise a `ValueError` with the reason and the alternative before training starts."""
@@ -229,7 +235,7 @@ class SaLSaTrainerMixin(_Base):
         """
         if self._objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        line_search = unwrap_optimizer(self.optimizer)
+        line_search = self.line_search
         if line_search is not None and not self._planned:  # here, after a checkpoint was loaded
             line_search.plan(self.state.max_steps, done=self.state.global_step)
             self._planned = True
@@ -294,7 +300,7 @@ class SaLSaTrainerMixin(_Base):
         inputs = self._prepare_inputs(inputs)
         losses = []
         for items in (num_items_in_batch, 2 * num_items_in_batch):
-            with torch.no_grad(), objective.without_trace(), self.compute_loss_context_manager():
+            with torch.no_grad(), without_trace(self.model), self.compute_loss_context_manager():
                 outputs = bare(**inputs, num_items_in_batch=items)
             losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs[0])
         if torch.equal(*losses):
@@ -321,7 +327,7 @@ class SaLSaTrainerMixin(_Base):
                 `salsa/slope`); the metrics at the end of training the report of the whole run.
             start_time: When training started.
         """
-        line_search = unwrap_optimizer(self.optimizer)
+        line_search = self.line_search
         if line_search is not None and "loss" in logs:
             logs["salsa/searches"] = line_search.counters.searches
             logs["salsa/trials"] = line_search.counters.trials
@@ -372,7 +378,7 @@ class SaLSaTrainerMixin(_Base):
             "dataset": dataset or dataset_name,
             "dataset_args": dataset_args,
         }
-        line_search = unwrap_optimizer(self.optimizer)
+        line_search = self.line_search
         if line_search is None:
             settings |= {"dataset": dataset, "dataset_name": dataset_name}
             # Only what was given: TRL's own takes few of these.

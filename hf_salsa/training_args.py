@@ -1,23 +1,40 @@
 """SaLSaTrainingArguments: TrainingArguments that know the line-search optimizers by name."""
 
+import ast
 import difflib
-import inspect
 from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .line_search import check_setting
-from .optimizers import OPTIMIZERS, SaLSaAdam
+from .optimizers import OPTIMIZERS
+from .settings import SETTINGS, SettingFields, check_setting
 
-_DEFAULT_OPTIMIZER = "salsa_adam"
+_DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
 _PREFIX = "salsa_"
-_UNCLIPPED = ("salsa_adam", "salsa_sgd", "sls_adam", "sls_sgd")  # the paper's methods
+# Settings that transformers has fields for.
+_STOCK_FIELDS = {"weight_decay": "weight_decay", "betas": "adam_beta1", "eps": "adam_epsilon"}
+
+
+def _help(name: str) -> str:
+    """Return the words for a setting: meaning, range and the default of every optimizer."""
+    defaults: dict[str, list[str]] = {}
+    for optimizer, cls in OPTIMIZERS.items():
+        if name in cls.default_settings():
+            defaults.setdefault(f"{cls.default_settings()[name]}", []).append(optimizer)
+    listed = ", ".join(f"{value} ({', '.join(names)})" for value, names in defaults.items())
+    return f"{SETTINGS[name].meaning}: {SETTINGS[name].allowed}. Default: {listed}."
+
+
+# The words need the defaults of the optimizers, which settings.py does not know.
+for _entry in fields(SettingFields):
+    _entry.metadata = MappingProxyType({"help": _help(_entry.name.removeprefix(_PREFIX))})
 
 
 @dataclass
-class SaLSaArgumentsMixin:
+class SaLSaArgumentsMixin(SettingFields):
     """Adds the line-search optimizers to any subclass of `TrainingArguments`.
 
     Put it first: `class MyConfig(SaLSaArgumentsMixin, SFTConfig)`, decorated with `@dataclass`.
@@ -43,61 +60,6 @@ class SaLSaArgumentsMixin:
         metadata={"help": "Log every so many updates; below 1: a ratio of all updates."},
     )
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first update too."})
-    salsa_c: float | None = field(
-        default=None,
-        metadata={
-            "help": "c of the Armijo criterion, between 0 and 1. Default: 0.3 (SaLSa), 0.1 (SLS), "
-            "0.4 (plus)."
-        },
-    )
-    salsa_beta3: float | None = field(
-        default=None,
-        metadata={
-            "help": "Smoothing of the criterion, in [0, 1). Default: 0.99 (SaLSa), 0 (SLS), "
-            "0.9 (plus)."
-        },
-    )
-    salsa_steps_to_double: float | None = field(
-        default=None,
-        metadata={"help": "Updates in which the step size may double, at least 1. Default: 500."},
-    )
-    salsa_backtrack_factor: float | None = field(
-        default=None,
-        metadata={
-            "help": "By what a rejected step size shrinks, between 0 and 1. Default: 0.9, "
-            "0.5 (plus)."
-        },
-    )
-    salsa_initial_step_size: float | None = field(
-        default=None,
-        metadata={"help": "Step size at which the first search starts, above 0. Default: 1."},
-    )
-    salsa_max_search_interval: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most updates from one search to the next. Default: 10 (SaLSa, plus), 1 (SLS)."
-        },
-    )
-    salsa_direction: str | None = field(
-        default=None,
-        metadata={
-            "help": "Direction that is tested: gradient, the paper's, or momentum. Default: "
-            "gradient, momentum (plus)."
-        },
-    )
-    salsa_require_decrease: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Accept no step on which the loss of the mini-batch rises. Default: False."
-        },
-    )
-    salsa_cool_down: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the run, from 0 to 1, over which at its end the step size falls "
-            "linearly to 0. Default: 0, 0.6 (plus)."
-        },
-    )
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
@@ -109,8 +71,9 @@ class SaLSaArgumentsMixin:
                 f"optim={name!r} is not an optimizer.{hint} Line searches: "
                 f"{', '.join(OPTIMIZERS)}. Of transformers: {', '.join(stock)}."
             )
+        clips = name not in OPTIMIZERS or OPTIMIZERS[name].rule_type.clips_gradients
         if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if name in _UNCLIPPED else _stock_default("max_grad_norm")
+            self.max_grad_norm = _stock_default("max_grad_norm") if clips else 0.0
         if name in OPTIMIZERS:
             self._check_line_search_arguments(name)
             # transformers knows its own names only; none of what it derives depends on this one.
@@ -120,25 +83,13 @@ class SaLSaArgumentsMixin:
             self.optim = name
 
     def _check_line_search_arguments(self, name: str) -> None:
-        settings = inspect.signature(OPTIMIZERS[name]).parameters
-        for argument, value in _line_search_fields(self).items():
-            check_setting(argument.removeprefix(_PREFIX), value, argument)
-            if argument.removeprefix(_PREFIX) not in settings:
-                raise ValueError(
-                    f"{argument}={value!r} is not allowed with optim={name!r}, which has no such "
-                    "setting. Leave it out, or choose another optimizer."
-                )
-        arguments: Any = self  # the fields below are those of TrainingArguments
+        arguments: Any = self  # also of TrainingArguments
+        _given_settings(arguments, name)
         if arguments.deepspeed:
             raise ValueError(
                 f"deepspeed={arguments.deepspeed!r} is not allowed with optim={name!r}: "
                 "DeepSpeed's engine steps inside backward, where the loss cannot be re-evaluated. "
                 "Use FSDP2 (fsdp=True) or DDP (torchrun) instead, or a stock optimizer."
-            )
-        if arguments.optim_args:
-            raise ValueError(
-                f"optim_args={arguments.optim_args!r} is not allowed with optim={name!r}: use the "
-                f"{_PREFIX}* arguments."
             )
 
 
@@ -201,14 +152,14 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
     Raises:
         ValueError: A value is out of range (it may have been set after construction).
     """
-    options: dict[str, Any] = {"weight_decay": args.weight_decay}
-    if issubclass(OPTIMIZERS[str(line_search_name(args))], SaLSaAdam):
-        options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if isinstance(args, SaLSaArgumentsMixin):
-        for argument, value in _line_search_fields(args).items():
-            check_setting(argument.removeprefix(_PREFIX), value, argument)
-            options[argument.removeprefix(_PREFIX)] = value
-    return options
+    name = str(line_search_name(args))
+    stock = {
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    known = OPTIMIZERS[name].default_settings()
+    return {n: v for n, v in stock.items() if n in known} | _given_settings(args, name)
 
 
 def ignored_settings(args: TrainingArguments) -> list[str]:
@@ -223,10 +174,43 @@ def ignored_settings(args: TrainingArguments) -> list[str]:
     ]
 
 
-def _line_search_fields(args: SaLSaArgumentsMixin) -> dict[str, Any]:
-    """Return the `salsa_*` fields that were set."""
-    names = [entry.name for entry in fields(SaLSaArgumentsMixin) if entry.name.startswith(_PREFIX)]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def _given_settings(args: TrainingArguments, name: str) -> dict[str, Any]:
+    """Return the settings that were given, as `salsa_*` fields and in `optim_args`.
+
+    Raises:
+        ValueError: The optimizer has no such setting, or the value is out of range.
+    """
+    given: list[tuple[str, Any, str]] = []  # name of the setting, its value, what the user wrote
+    if isinstance(args, SaLSaArgumentsMixin):
+        set_fields = [e.name for e in fields(SettingFields) if getattr(args, e.name) is not None]
+        given += [(n.removeprefix(_PREFIX), getattr(args, n), n) for n in set_fields]
+        given += [(n, value, f"optim_args: {n}") for n, value in _parse_optim_args(args)]
+    known = OPTIMIZERS[name].default_settings()
+    for setting, value, argument in given:
+        check_setting(setting, value, argument)
+        if setting not in known or setting in _STOCK_FIELDS:
+            instead = f" Use {_STOCK_FIELDS[setting]}." if setting in _STOCK_FIELDS else ""
+            raise ValueError(
+                f"{argument}={value!r} is not allowed with optim={name!r}, which has no such "
+                f"setting.{instead} Leave it out, or choose another optimizer."
+            )
+    return {setting: value for setting, value, _ in given}
+
+
+def _parse_optim_args(args: Any) -> list[tuple[str, Any]]:
+    """Return (name, value) of each NAME=VALUE of `optim_args`, which commas separate."""
+    parsed = []
+    for item in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(
+                f"optim_args={args.optim_args!r} is not allowed: it must be NAME=VALUE,... "
+            )
+        try:
+            parsed.append((name, ast.literal_eval(text)))
+        except (ValueError, SyntaxError):
+            parsed.append((name, text))  # a word, as of `direction`
+    return parsed
 
 
 def _stock_default(name: str) -> Any:

@@ -1,0 +1,523 @@
+"""LineSearchOptimizer: torch's contract for optimizers, and one step with a line search."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..rules import Line, RuleState, SearchRecord, StepSizeRule
+from ..settings import check_setting
+from . import messages, updates
+from .signature import refuse_learning_rate
+from .skips import UnreadSkips, give_up_after_too_many
+from .state import Counters, RunState, check_loadable, keep_precision, names_of, read, write
+from .tensors import LOW_PRECISION, dots, locals_of, sum_over_shards
+from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
+from .updates import Update
+
+Closure: TypeAlias = Callable[[], Tensor | float]
+
+_HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
+
+
+class Objective(Protocol):
+    """The loss of the mini-batch whose gradients are in `.grad`, re-evaluable at other weights.
+
+    `hf_salsa.BatchObjective` is the implementation; it attaches itself to its optimizer, whose
+    `step()` then needs no closure.
+    """
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a mini-batch is recorded."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """f_k(w_k) as training computed it, or None where it is not known."""
+
+    @property
+    def clip_factor(self) -> Tensor | float:
+        """What gradient clipping multiplied the gradients by, 1 without clipping."""
+
+    @property
+    def gradient_norm(self) -> Tensor | float | None:
+        """The norm of all gradients, or None if nobody computed it."""
+
+    def __call__(self) -> Tensor:
+        """Return the loss at the current weights."""
+
+    def clear(self) -> None:
+        """Forget the mini-batch."""
+
+
+class LineSearchOptimizer(Optimizer):
+    """A torch optimizer whose step size a rule finds on the mini-batch itself.
+
+    A subclass brings the direction (`LineSearchAdam`, `LineSearchSGD`), and a subclass of that the
+    rule: `class MyAdam(LineSearchAdam): rule_type = MyRule`. All state that outlives a step is in
+    `state` (per parameter) and, as Python scalars under fixed keys, in every one of `param_groups`:
+    torch keeps nothing else in checkpoints, copies and pickles.
+
+    Args:
+        params: Parameters or parameter groups. A group may have its own values of `options`, but
+            not of `direction`; all groups share one step size.
+        total_steps: Steps of the run, at least 1. None (default): not known, `plan()` will say.
+        settings: By keyword: the settings of the rule, and `options` of the direction.
+
+    Raises:
+        TypeError: A positional setting, a learning rate or an unknown setting.
+        ValueError: A setting is out of range; the message has the range.
+    """
+
+    rule_type: ClassVar[type[StepSizeRule[Any]]]
+    options: ClassVar[dict[str, Any]] = {}  # of the direction, with their defaults
+    base_name: ClassVar[str]  # whose steps these are, for readers
+
+    def __init__(
+        self, params: ParamsT, *args: Any, total_steps: int | None = None, **settings: Any
+    ) -> None:
+        refuse_learning_rate(self, args, settings)
+        self.set_up(params, total_steps, settings)
+
+    def set_up(self, params: ParamsT, total_steps: int | None, settings: dict[str, Any]) -> None:
+        """Finish the construction; every `__init__` ends here."""
+        of_rule = names_of(self.rule_type)
+        unknown = sorted(settings.keys() - self.options.keys() - set(of_rule))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no setting {unknown[0]!r}. It has: "
+                f"{', '.join([*of_rule, *self.options, 'total_steps'])}."
+            )
+        options = {name: settings.get(name, default) for name, default in self.options.items()}
+        for name, value in options.items():
+            check_setting(name, value)
+        if total_steps is not None:
+            check_setting("total_steps", total_steps)
+        rule = self.rule_type(**{name: settings[name] for name in of_rule if name in settings})
+        state = self.rule_type.state_type(rule.initial_step_size)
+        run = RunState(run_steps=total_steps or 0)
+        defaults = {"lr": state.step_size, **vars(rule), **options, **vars(state), **vars(run)}
+        self._reset_transients()
+        super().__init__(params, defaults)
+
+    def _reset_transients(self) -> None:
+        self._objective: Objective | None = None
+        self._last_search: SearchRecord | None = None
+        self._backups: dict[Tensor, Tensor] = {}
+        self._unread_skips = UnreadSkips()
+        self._warned: set[str] = set()
+
+    # --- what a direction brings
+
+    def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step, of fixed names and shapes."""
+        raise NotImplementedError
+
+    def direction(self, chunk: Chunk) -> list[Tensor]:
+        """Return -d_k, the tested direction with its sign turned; float32 or wider."""
+        raise NotImplementedError
+
+    def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what `direction` does, and <g_k, p_k> of each piece (see `Line.agreement`)."""
+        raise NotImplementedError
+
+    def take_step(self, update: Update) -> None:
+        """Move the moments by one step and the weights along the final direction."""
+        raise NotImplementedError
+
+    def step_numbers(self, params: list[Tensor], group: dict[str, Any]) -> list[int]:
+        """Return k of each parameter for the coming step, for directions that need it."""
+        return [0] * len(params)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise a `ValueError` if options of a group do not go together."""
+
+    # --- what a user reads and says
+
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """Return name -> default of every setting but `total_steps`, in the order to show them."""
+        stated = inspect.signature(cls.__init__).parameters
+        known = {n: getattr(cls.rule_type, n) for n in names_of(cls.rule_type)} | cls.options
+        return {name: getattr(stated.get(name), "default", value) for name, value in known.items()}
+
+    @property
+    def rule(self) -> StepSizeRule[Any]:
+        """The step-size rule with its settings."""
+        return read(self.rule_type, self.param_groups[0])
+
+    @property
+    def step_size(self) -> float:
+        """The step size last applied; `initial_step_size` before the first search."""
+        return self._applied(*self._read())
+
+    @property
+    def search_due(self) -> bool:
+        """Whether the coming `step()` will search."""
+        return self._read()[0].search_due
+
+    @property
+    def last_search(self) -> SearchRecord | None:
+        """The record of the latest search of this process, or None before the first."""
+        return self._last_search
+
+    @property
+    def counters(self) -> Counters:
+        """Totals of searches, extra forward passes, failed searches and skipped steps.
+
+        On an accelerator, reading them waits for the latest step.
+        """
+        state, run = self._settled()
+        return Counters(state.searches, run.trials, state.failed_searches, run.skipped_steps)
+
+    def plan(self, total_steps: int, done: int = 0) -> None:
+        """Say how long the run is, by which rules with a tail know their time.
+
+        `SaLSaTrainer` does it. In a loop of one's own the argument `total_steps` does, unless a
+        second run follows the first.
+
+        Args:
+            total_steps: Calls of `step()` in the run, at least 1.
+            done: How many of them came before now.
+
+        Raises:
+            ValueError: `total_steps` is out of range.
+        """
+        check_setting("total_steps", total_steps)
+        state, run = self._read()
+        self._write(state, replace(run, run_start=run.steps - done, run_steps=total_steps))
+
+    def attach(self, objective: Objective | None) -> None:
+        """Let `step()` without a closure take loss and re-evaluation from `objective`."""
+        self._objective = objective
+
+    def note_skipped_step(self) -> None:
+        """Count a step that somebody else skipped, as a gradient scaler does on overflow.
+
+        Raises:
+            FloatingPointError: It was the 20th in a row.
+        """
+        self._skip(*self._settled())
+
+    # --- torch's contract
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, for example layers that are unfrozen later.
+
+        Args:
+            param_group: As for every torch optimizer: `params`, and the options that may differ
+                between groups (`weight_decay`, and `betas` and `eps`, or `momentum`).
+
+        Raises:
+            ValueError: A line-search setting or a learning rate of its own, or an option out of
+                range. All groups share one step size.
+        """
+        current = self.param_groups[0] if self.param_groups else self.defaults
+        shared = {name: current[name] for name in self._shared_names()}
+        for name in shared:
+            if name in param_group and param_group[name] != current[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} in a parameter group is not allowed: one line "
+                    f"search sets one step size for all groups. Remove it there; pass line-search "
+                    f"settings to {type(self).__name__} itself."
+                )
+        group = {**param_group, **shared}
+        for name in self.defaults.keys() - shared.keys():
+            check_setting(name, group.setdefault(name, self.defaults[name]))
+        self.check_group(group)
+        super().add_param_group(group)
+        for dtype in {p.dtype for p in group["params"] if p.requires_grad} & set(LOW_PRECISION):
+            self._warn_once("low precision", messages.low_precision(dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, counters included."""
+        self._settled()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint. Moments keep the precision in which they were saved.
+
+        Args:
+            state_dict: What `state_dict()` of the same kind of optimizer returned.
+
+        Raises:
+            ValueError: The checkpoint is not of a line-search optimizer.
+        """
+        check_loadable(self, self._shared_names(), state_dict)
+        super().load_state_dict(state_dict)
+        self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
+        keep_precision(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settled()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, a pickle or a checkpoint; what was not stored starts anew."""
+        if "defaults" in state:  # a copy or a pickle; load_state_dict has no defaults
+            self._reset_transients()
+        super().__setstate__(state)
+
+    # --- one step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, loss: Tensor | float | None = None) -> Any:
+        """Choose a step size, if a search is due, and take one step.
+
+        Gradients must be in `.grad` already, as for every torch optimizer.
+
+        Args:
+            closure: Returns the loss of the same mini-batch (and the same dropout masks) at the
+                current weights. Forward only: it is called under `torch.no_grad`, and only on steps
+                that search. May be left out where a `BatchObjective` is attached.
+            loss: f_k(w_k), the loss that was differentiated, if known. Saves one forward pass per
+                search. At the first search it is compared with the closure's value.
+
+        Returns:
+            f_k(w_k) if it is known, else None.
+
+        Raises:
+            RuntimeError: No closure and no recorded mini-batch, or no gradients, or sparse ones.
+            FloatingPointError: Loss or gradients were not finite 20 steps in a row.
+        """
+        objective = self._objective
+        if closure is None or closure is objective:
+            closure = None
+            if objective is not None and objective.recorded:
+                closure, loss = objective, objective.loss
+        try:
+            return self._step(closure, loss)
+        finally:
+            if objective is not None:
+                objective.clear()
+
+    def _step(self, closure: Closure | None, loss: Tensor | float | None) -> Tensor | float | None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is None and (not params or self.param_groups[0]["lr"] == 0):
+            # Checkpoint libraries make an optimizer create its state this way.
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self._state_of(param, group)
+            return None
+        closure = self._ready(closure, params)
+        state, run = self._read()
+        witness = self._finite_if_all_is(params, loss)
+        found_inf = None
+        on_host = not isinstance(witness, Tensor) or witness.device.type in _HOST_DEVICES
+        if state.search_due or on_host:
+            state, run = self._settled()
+            if not math.isfinite(witness):
+                self._skip(state, run)
+                return loss
+        else:
+            assert isinstance(witness, Tensor)
+            found_inf = self._unread_skips.note(witness, run.consecutive_skips)
+        if state.search_due:
+            skipped = run.skipped_steps
+            loss, state, run = self._search(closure, loss, state, run)
+            if run.skipped_steps > skipped:  # f(w_k) itself, evaluated again, was not finite
+                return loss
+        else:
+            state = replace(state, steps_since_search=state.steps_since_search + 1)
+        run = replace(run, steps=run.steps + 1)
+        if self.rule_type.looks_back and state.search_due:
+            self._keep_weights()
+        # Before any search was accepted no step size is known: only the moments move.
+        step_size = self._applied(state, run) if state.step_size_known else 0.0
+        for group in self.param_groups:
+            updates.apply(self.take_step, group, self._state_of, step_size, found_inf)
+        if found_inf is None:
+            run = replace(run, consecutive_skips=0)
+        self._write(state, run)
+        return loss
+
+    def _search(
+        self,
+        closure: Closure,
+        loss: Tensor | float | None,
+        state: RuleState,
+        run: RunState,
+    ) -> tuple[Tensor | float | None, RuleState, RunState]:
+        calls = 0
+
+        def evaluate() -> Tensor | float:
+            nonlocal calls
+            calls += 1
+            # Autocast caches the low-precision copy of every weight that it has seen.
+            torch.clear_autocast_cache()
+            return closure()
+
+        chunks = list(
+            cut(
+                self.param_groups,
+                state_of=self._state_of,
+                step_numbers=self.step_numbers,
+                backups=self._backups,
+            )
+        )
+        if loss is not None and state.searches == 0 and not self._replays(loss, evaluate, chunks):
+            run = replace(run, reevaluate_loss=True)
+        if loss is None or run.reevaluate_loss:
+            loss = evaluate()
+        start = float(loss)
+        if not math.isfinite(start):
+            return loss, *self._skip(state, replace(run, trials=run.trials + calls))
+        clip_factor = float(self._objective.clip_factor) if self._objective else 1.0
+        rule = self.rule
+
+        with TrialPoints(chunks, self.direction) as points:
+
+            def loss_at(step_size: float) -> float:
+                points.move_to(step_size)
+                return float(evaluate())
+
+            def look_back() -> tuple[float, float]:
+                slope = points.undo_last_step() / clip_factor
+                return float(evaluate()), slope
+
+            slope, *agreement = points.first(rule.first_trial(state), self._measure)
+            line = Line(
+                loss_at,
+                loss=start,
+                slope=slope / clip_factor,
+                resolution=_epsilon(loss, chunks) * abs(start),
+                look_back=look_back,
+                agreement=agreement[0] / clip_factor if agreement else math.nan,
+            )
+            record, searched = rule.search(state, line)
+        torch.clear_autocast_cache()
+        self._last_search = record
+        if not record.accepted:
+            self._warn_once(record.outcome, messages.failed_search(record, searched))
+        if searched.search_interval > 1:
+            self._backups = {}  # the coming steps do not need them
+        return loss, searched, replace(run, trials=run.trials + calls)
+
+    def _measure(self, chunk: Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement."""
+        if self.rule_type.wants_agreement:
+            direction, agreement = self.direction_and_agreement(chunk)
+            return direction, [dots(chunk.grads, direction), agreement]
+        direction = self.direction(chunk)
+        return direction, [dots(chunk.grads, direction)]
+
+    # --- what a step asks before
+
+    def _ready(self, closure: Closure | None, params: list[Tensor]) -> Closure:
+        """Raise a `RuntimeError` if there is no loss, or no gradient, or no end to cool down to."""
+        name = type(self).__name__
+        if closure is None:
+            raise RuntimeError(messages.NO_LOSS.format(name=name))
+        if not params:
+            raise RuntimeError(messages.NO_GRADIENTS.format(name=name))
+        if any(p.grad.is_sparse for p in params if p.grad is not None):
+            raise RuntimeError(messages.SPARSE.format(name=name))
+        state, run = self._read()
+        if self.rule.cool_down and not run.run_steps:
+            raise RuntimeError(messages.NO_END.format(name=name))
+        if self.param_groups[0]["lr"] != self._applied(state, run):
+            lr = self.param_groups[0]["lr"]
+            self._warn_once("lr", messages.LR_WAS_SET.format(lr=lr, name=name))
+        return closure
+
+    def _finite_if_all_is(
+        self, params: list[Tensor], loss: Tensor | float | None
+    ) -> Tensor | float:
+        """Return a number that is finite if and only if the loss and all gradients are."""
+        norm = self._objective.gradient_norm if self._objective else None
+        if norm is None:
+            (grads,) = locals_of([[p.grad for p in params]], params)
+            norm = sum_over_shards([list(torch._foreach_norm(grads))], params).squeeze(0)
+        return norm + (0.0 if loss is None else loss)
+
+    def _replays(
+        self, loss: Tensor | float, evaluate: Callable[[], Tensor | float], chunks: list[Chunk]
+    ) -> bool:
+        """Return whether the objective at w_k is the loss that was differentiated; warn if not.
+
+        Up to a few roundings of the loss's precision.
+        """
+        trained, replayed = float(loss), float(evaluate())
+        if abs(trained - replayed) <= 32 * _epsilon(loss, chunks) * abs(trained):
+            return True
+        text = messages.REPLAY.format(trained=trained, replayed=replayed)
+        self._warn_once("replay", text)
+        return False
+
+    # --- state
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter; make it if there is none."""
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state.update(self.new_state(param, group))
+            if self.rule_type.looks_back:
+                state[PREVIOUS] = param.detach().clone()  # no step yet: u = 0
+        return state
+
+    def _keep_weights(self) -> None:
+        """Remember w_k for a search at the coming step, which looks back to it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state_of(param, group)[PREVIOUS].copy_(param)
+
+    def _read(self) -> tuple[RuleState, RunState]:
+        group = self.param_groups[0]
+        return read(self.rule_type.state_type, group), read(RunState, group)
+
+    def _write(self, state: RuleState, run: RunState) -> None:
+        write(self.param_groups, state, run, lr=self._applied(state, run))
+
+    def _settled(self) -> tuple[RuleState, RunState]:
+        """Return the state, with the skipped steps that the host has not read yet."""
+        state, run = self._read()
+        unread = self._unread_skips.read()
+        if unread is not None:
+            total, in_a_row = unread
+            run = replace(run, skipped_steps=run.skipped_steps + total, consecutive_skips=in_a_row)
+            state = replace(state, steps_since_search=state.steps_since_search - total)
+            self._write(state, run)
+            give_up_after_too_many(in_a_row)
+        return state, run
+
+    def _skip(self, state: RuleState, run: RunState) -> tuple[RuleState, RunState]:
+        """Count a step that is not taken."""
+        run = replace(
+            run,
+            steps=run.steps + 1,
+            skipped_steps=run.skipped_steps + 1,
+            consecutive_skips=run.consecutive_skips + 1,
+        )
+        self._write(state, run)
+        give_up_after_too_many(run.consecutive_skips)
+        return state, run
+
+    def _applied(self, state: RuleState, run: RunState) -> float:
+        """Return the step size of the latest step."""
+        latest = max(0, run.steps - 1 - run.run_start)
+        return float(state.step_size * self.rule.factor(latest, run.run_steps))
+
+    def _shared_names(self) -> list[str]:
+        """Return what all parameter groups share: one search, one step size."""
+        records = (self.rule_type, self.rule_type.state_type, RunState)
+        names = [name for record in records for name in names_of(record)]
+        return [*names, *(name for name in self.options if name == "direction"), "lr"]
+
+    # --- warnings
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=2)
+
+
+def _epsilon(loss: Tensor | float | None, chunks: list[Chunk]) -> float:
+    """Return the relative spacing of the numbers in which the loss was computed."""
+    dtype = loss.dtype if isinstance(loss, Tensor) else chunks[0].params[0].dtype
+    return torch.finfo(dtype).eps

@@ -1,0 +1,43 @@
+"""Constructors that state their signature and nothing else."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def explicit_signature(init: Init) -> Init:
+    """Let an `__init__` without a body hand its arguments, and their defaults, to the base class.
+
+    The signature is for readers, IDEs and type checkers. Settings of the rule that it does not name
+    are passed on as they are.
+    """
+    signature = inspect.signature(init)
+    named = [name for name in signature.parameters if name != "self"]
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_learning_rate(self, args[1:], kwargs)
+        bound = signature.bind(self, *args, **{n: v for n, v in kwargs.items() if n in named})
+        bound.apply_defaults()
+        arguments = {**kwargs, **{name: bound.arguments[name] for name in named}}
+        self.set_up(arguments.pop("params"), arguments.pop("total_steps"), arguments)
+
+    return wrapper  # type: ignore[return-value]  # it takes what `init` takes
+
+
+def refuse_learning_rate(optimizer: Any, positional: Any, keywords: dict[str, Any]) -> None:
+    """Raise a `TypeError` for a learning rate, and for any setting given without its name."""
+    name = type(optimizer).__name__
+    if "lr" in keywords:
+        given = f"lr={keywords['lr']!r}"
+    elif positional:
+        given = f"{positional[0]!r} as a positional argument"
+    else:
+        return
+    raise TypeError(
+        f"{name} got {given}, but there is no learning rate: the line search finds the step size. "
+        f"Write {name}(params), with settings by name, for example {name}(params, c=0.3)."
+    )

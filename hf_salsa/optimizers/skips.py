@@ -1,0 +1,56 @@
+"""Gradients that are not finite: a step is skipped and counted; after 20 in a row it is over."""
+
+import torch
+from torch import Tensor
+
+from .tensors import whole
+
+MAX_CONSECUTIVE_SKIPS = 20
+
+
+class UnreadSkips:
+    """Counts of skipped steps that the host has not read from an accelerator yet.
+
+    To read a number from an accelerator is to wait for it, so on steps that do not search the
+    accelerator itself decides and counts.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._in_a_row: Tensor | None = None
+
+    def note(self, witness: Tensor, consecutive_skips: int) -> Tensor:
+        """Return 1 if the step must be skipped, else 0, and count it, without waiting for it.
+
+        torch's fused kernels skip the step when this says so, as they do for a gradient scaler.
+
+        Args:
+            witness: Finite if and only if all gradients are.
+            consecutive_skips: Skips in a row before those that are not read yet.
+        """
+        found_inf = 1.0 - torch.isfinite(whole(witness)).float()
+        if self._total is None or self._in_a_row is None:
+            self._total = torch.zeros_like(found_inf)
+            self._in_a_row = torch.full_like(found_inf, consecutive_skips)
+        self._total = self._total + found_inf
+        self._in_a_row = (self._in_a_row + 1) * found_inf
+        return found_inf
+
+    def read(self) -> tuple[int, int] | None:
+        """Return skips since the last reading and how many came last in a row, or None."""
+        if self._total is None or self._in_a_row is None:
+            return None
+        total, in_a_row = (int(n) for n in torch.stack([self._total, self._in_a_row]).tolist())
+        self._total = self._in_a_row = None
+        return total, in_a_row
+
+
+def give_up_after_too_many(consecutive_skips: int) -> None:
+    """Raise a `FloatingPointError` after 20 skipped steps in a row."""
+    if consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        raise FloatingPointError(
+            f"Loss or gradients were not finite {consecutive_skips} steps in a row; "
+            "the weights are those of the last good step. Look for bad input data and for "
+            "overflow: try bf16 instead of fp16, gradient clipping, or detect it with "
+            "torch.autograd.detect_anomaly()."
+        )

@@ -1,0 +1,93 @@
+"""What one process holds of a tensor, and sums of numbers over all processes that hold a part.
+
+Sharded tensors (`DTensor`, FSDP2) are known by their module being loaded: to import it costs every
+user who has none a second.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is not sharded, by a collective if it was."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """View what this process holds of a tensor, complex numbers as pairs of reals.
+
+    The view shares memory with the tensor. Complex parameters are treated as torch.optim.AdamW
+    does.
+    """
+    if is_sharded(tensor):
+        tensor = tensor.to_local()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def locals_of(columns: list[list[Any]], params: list[Tensor]) -> list[list[Tensor]]:
+    """Return `local` of what belongs to parameters: most often the very same tensors."""
+    if any(is_sharded(p) or p.is_complex() for p in params):
+        return [[local(tensor) for tensor in column] for column in columns]
+    return columns
+
+
+def sum_over_shards(columns: list[list[Tensor]], params: list[Tensor]) -> Tensor:
+    """Add up columns of one scalar per parameter, over the processes too where they are sharded.
+
+    One small all-reduce per device mesh; none without sharded parameters.
+    """
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for row, param in enumerate(params):
+        layout = (param.device_mesh, param.placements) if is_sharded(param) else None
+        rows.setdefault((layout, columns[0][row].device), []).append(row)
+    total = torch.zeros(len(columns), dtype=torch.float64, device=columns[0][0].device)
+    for (layout, _), of_layout in rows.items():
+        part = torch.stack(
+            [
+                torch.stack([column[row] for row in of_layout]).sum(dtype=torch.float64)
+                for column in columns
+            ]
+        )
+        if layout is not None:
+            part = _sum_over_mesh(part, *layout)
+        total = total + part.to(total.device)
+    return total
+
+
+def _sum_over_mesh(part: Tensor, mesh: Any, placements: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
+    return DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
+
+
+def dots(gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """Return the inner product of each gradient with its direction, in the direction's type."""
+    return [
+        torch.dot(g.to(d.dtype).reshape(-1), d.reshape(-1))
+        for g, d in zip(gradients, directions, strict=True)
+    ]
+
+
+def pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cut tensors of one shape into aligned pieces of at most `limit` elements."""
+    if columns[0].numel() <= limit or not all(column.is_contiguous() for column in columns):
+        yield columns
+    else:
+        flat = [torch.split(column.view(-1), limit) for column in columns]
+        yield from map(list, zip(*flat, strict=True))

@@ -1,0 +1,18 @@
+"""Step-size rules: plain floats, no tensors. `StepSizeRule` says what a rule is."""
+
+from .plus import Plus, PlusState
+from .rule import Line, RuleState, SearchRecord, StepSizeRule, grown, moving_average
+from .salsa import SaLSa, SaLSaState
+
+__all__ = [
+    "Line",
+    "Plus",
+    "PlusState",
+    "RuleState",
+    "SaLSa",
+    "SaLSaState",
+    "SearchRecord",
+    "StepSizeRule",
+    "grown",
+    "moving_average",
+]
