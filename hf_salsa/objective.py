@@ -1,9 +1,12 @@
 """BatchObjective: the loss of one recorded (accumulated) mini-batch, at any weights."""
 
 import copy
+import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,38 +17,58 @@ from torch.optim.optimizer import Optimizer
 
 from .optimizers import LineSearchOptimizer
 from .optimizers.tensors import whole
-from .traces import Snapshot, reshard, without_trace
+from .traces import Scene, Snapshot, reshard, without_trace
+
+_SMALLEST_UNKNOWN_SCALE = 256  # a power of two from here on that multiplies a loss is a GradScaler
 
 
-@dataclass(frozen=True)
+@dataclass
 class _MicroBatch:
-    loss_fn: Callable[..., Tensor]
-    inputs: tuple[Any, ...]
-    before: Snapshot  # the forward pass
+    """One micro-batch of the update.
+
+    Attributes:
+        repeat: Runs the forward pass again; None on steps that do not search.
+        loss: What the forward pass returned, detached; None on steps that do not search.
+        factors: What each backward pass multiplied it by; none where it was not differentiated.
+    """
+
+    repeat: Callable[[], Tensor] | None = None
+    loss: Tensor | None = None
+    factors: list[Tensor | float] = field(default_factory=list)
+
+    def differentiated(self, loss: Tensor) -> Tensor:
+        """Return `loss` as backward took it."""
+        factor = self.factors[0]
+        for other in self.factors[1:]:
+            factor = factor + other
+        return loss if isinstance(factor, float) and factor == 1 else loss * factor
 
 
 class BatchObjective:
     """f_k: the loss of the mini-batch that is being trained on, re-evaluable at other weights.
 
     Record the forward passes of one update; `optimizer.step()` then evaluates the objective at the
-    trial points of its search, with the same data, the same dropout masks and the same buffers, and
-    forgets the mini-batch. With several processes the objective is the mean over them, so that all
-    take the same decisions; every process must then take part in every evaluation.
+    trial points of its search, with the same data and the same dropout masks, and forgets the
+    mini-batch. The objective is what was differentiated: the sum over the backward passes of the
+    update, each with the factor that backward saw (`loss / n` in an accumulation), and nothing of a
+    micro-batch whose backward was left out. With several processes it is the mean over them, so
+    that all take the same decisions; every process must then take part in every evaluation.
 
     Evaluating leaves no trace: the random streams of torch (CPU and accelerators), NumPy and
-    Python and the buffers of the model (BatchNorm) are afterwards what they were before.
+    Python, generators, buffers, flags and attributes of the modules, gradients and the batch itself
+    are afterwards what they would be without (see `hf_salsa.traces`).
 
     Args:
-        model: The model whose buffers and devices the loss depends on. Its parameters are not
+        model: The model, as it is trained (after `accelerator.prepare`). Its parameters are not
             touched here.
         optimizer: The line-search optimizer (or Accelerate's wrapper of it). `step()` without a
             closure uses this objective from now on.
-        gradient_accumulation_steps: What backward divides each recorded loss by. 1 (default) if
-            `loss_fn` returns just what is differentiated; Accelerate's
-            `gradient_accumulation_steps` where `accelerator.backward(loss)` divides.
+        modules: Further modules that the loss uses, whose state is put back too.
+        scaler: The `torch.amp.GradScaler` of a loop of one's own. That of Accelerate is known.
 
     Raises:
         TypeError: `optimizer` is not a line-search optimizer.
+        ValueError: `optimizer` trains no parameter of `model`.
 
     Example:
         >>> objective = BatchObjective(model, optimizer)
@@ -57,7 +80,12 @@ class BatchObjective:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, gradient_accumulation_steps: int = 1
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        modules: tuple[nn.Module, ...] = (),
+        scaler: GradScaler | None = None,
     ) -> None:
         line_search = unwrap_optimizer(optimizer)
         if line_search is None:
@@ -65,15 +93,24 @@ class BatchObjective:
                 f"BatchObjective needs a line-search optimizer (SaLSaAdam, ...), not "
                 f"{type(optimizer).__name__}: no other one evaluates the loss again."
             )
-        self._model = model
+        trained = {id(p) for group in line_search.param_groups for p in group["params"]}
+        if trained.isdisjoint(id(p) for p in model.parameters()):
+            raise ValueError(
+                f"The optimizer trains no parameter of this {type(model).__name__}. Make the "
+                "objective of the model that the optimizer was made for, after "
+                "accelerator.prepare(model, optimizer) where there is one."
+            )
         self._optimizer: LineSearchOptimizer = line_search
-        self._divisor = gradient_accumulation_steps
-        self._losses: list[Tensor] = []
+        self._scaler = scaler or _scaler_of(optimizer)
+        self.scene = Scene(model, modules)
+        self.with_gradients = False  # whether an evaluation needs gradients of its own
+        self.evaluating = False  # True while an evaluation runs
         self._micro_batches: list[_MicroBatch] = []
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
         self._update_complete = True
-        self._scaler = _scaler_of(optimizer)
+        self._writes_into_inputs: bool | None = None  # None: not seen yet
+        self._updates = 0
         line_search.attach(self)
 
     @property
@@ -83,19 +120,16 @@ class BatchObjective:
 
     @property
     def recorded(self) -> bool:
-        """Whether a mini-batch is recorded."""
-        return bool(self._losses)
+        """Whether a mini-batch is recorded and was differentiated."""
+        return any(m.factors for m in self._micro_batches)
 
     @property
     def loss(self) -> Tensor | None:
-        """f_k(w_k) as training computed it, or None where it is not known.
-
-        With several processes it is known on steps that search only: the others stay free of
-        communication, and a loss that is not finite shows in the averaged gradients.
-        """
-        if not self._losses or (_several_processes() and not self._micro_batches):
+        """f_k(w_k) as training computed it, known on steps that search, else None."""
+        if not self._repeatable():
             return None
-        return _total(self._losses)
+        taken = [m for m in self._micro_batches if m.factors]
+        return self._mean([m.differentiated(m.loss) for m in taken if m.loss is not None])
 
     @property
     def clip_factor(self) -> Tensor | float:
@@ -110,35 +144,99 @@ class BatchObjective:
     def record(self, loss_fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run one micro-batch's forward pass and remember it.
 
-        Several calls before one `optimizer.step()` are the micro-batches of one accumulated update:
-        the objective is the sum of their losses. What an abandoned update left behind (a gradient
-        scaler skipped the step on overflow) is dropped, and counted as a skipped step, when no
-        parameter has a gradient any more. With FSDP2, accumulate through Accelerate or Trainer.
+        Several calls before one `optimizer.step()` are the micro-batches of one accumulated update.
+        What an abandoned update left behind (a gradient scaler skipped the step on overflow) is
+        dropped, and counted as a skipped step, when no parameter has a gradient any more. With
+        FSDP2, accumulate through Accelerate or Trainer.
 
         Args:
-            loss_fn: Returns the scalar loss of `inputs`, as it is differentiated. It is called
-                again, under `torch.no_grad`, with the very same `inputs`: pass what it reads as
-                arguments, since a variable of the loop has moved on by then.
-            inputs: Arguments of `loss_fn`. Mappings are copied shallowly for each call, so that
-                `loss_fn` may pop keys.
+            loss_fn: Returns the scalar loss of `inputs`. It is called again with the same `inputs`:
+                pass what it reads as arguments, since a variable of the loop has moved on by then.
+            inputs: Arguments of `loss_fn`. It may pop keys and write into tensors of them.
 
         Returns:
             The loss, ready for `backward()`.
+
+        Raises:
+            TypeError: `loss_fn` is no function, or returned something else than a scalar tensor.
         """
-        if self._losses and self._update_complete and not self._has_gradients():
+        if not callable(loss_fn):
+            raise TypeError(
+                f"record() got a {type(loss_fn).__name__} as loss_fn, which must be a function: "
+                "the search calls it again. Write objective.record(loss_fn, batch), where "
+                "loss_fn(batch) returns the loss."
+            )
+
+        def run(*args: Any) -> tuple[Tensor, Tensor]:
+            loss = _checked(loss_fn(*args))
+            return loss, loss
+
+        micro_batch, loss = self._record(run, inputs)
+        if loss.requires_grad:
+            first = len(self._micro_batches) == 1
+            loss.register_hook(  # type: ignore[no-untyped-call]
+                lambda factor: self._note_backward(micro_batch, factor, first)
+            )
+        return loss
+
+    def record_step(
+        self, training_step: Callable[..., tuple[Tensor, Tensor | None]], *inputs: Any
+    ) -> Tensor:
+        """Run one micro-batch's forward and backward pass and remember it: for trainers.
+
+        Args:
+            training_step: Runs both on `inputs` and returns what it returns, and the sum of the
+                losses that it differentiated, None if there was none. It is called again to
+                evaluate: then it must not differentiate, but return the same.
+            inputs: Arguments of `training_step`.
+
+        Returns:
+            What `training_step` returned.
+        """
+        differentiated = False
+
+        def run(*args: Any) -> tuple[Tensor, Tensor]:
+            nonlocal differentiated
+            returned, loss = training_step(*args)
+            differentiated = loss is not None
+            return returned, returned.new_full((), math.nan) if loss is None else loss
+
+        micro_batch, returned = self._record(run, inputs)
+        if differentiated:
+            micro_batch.factors.append(1.0)
+        return returned
+
+    def _record(
+        self, run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...]
+    ) -> tuple[_MicroBatch, Tensor]:
+        """Run `run`, which returns what it returns and the loss to search on; remember it."""
+        if self.recorded and self._update_complete and not self._has_gradients():
             self.clear()
             self._optimizer.note_skipped_step()
         # FSDP2 holds the gradients of an unfinished update where `.grad` does not show them;
         # Accelerate knows. Without Accelerate this is always True.
         self._update_complete = _synchronises_gradients()
-        micro_batch = None
-        if self._optimizer.search_due:
-            micro_batch = _MicroBatch(loss_fn, _shallow_copy(inputs), Snapshot(self._model))
-        loss = loss_fn(*inputs)
-        self._losses.append(self._scaled(loss))
-        if micro_batch is not None:
-            self._micro_batches.append(micro_batch)
-        return loss
+        micro_batch = _MicroBatch()
+        self._micro_batches.append(micro_batch)
+        if not self._optimizer.search_due:
+            return micro_batch, run(*inputs)[0]
+        kept = _copied(inputs, self._writes_into_inputs is not False)
+        versions = _versions(inputs)
+        before = Snapshot(self.scene)
+        returned, loss = run(*inputs)
+        micro_batch.loss = loss.detach()
+        if self._lost(versions, _versions(inputs)):
+            micro_batch.loss = loss.detach() * math.nan  # no search on this one
+
+        def repeat() -> Tensor:
+            before.restore()
+            reshard(self.scene.model)
+            _, again = run(*_copied(kept, self._writes_into_inputs is not False))
+            reshard(self.scene.model)
+            return again.detach()
+
+        micro_batch.repeat = repeat
+        return micro_batch, returned
 
     def note_gradient_norm(self, total_norm: Tensor | float) -> None:
         """Tell the step the norm of all gradients, which shows whether they are finite.
@@ -163,16 +261,14 @@ class BatchObjective:
             clip_factor.clamp(max=1.0) if isinstance(clip_factor, Tensor) else min(clip_factor, 1.0)
         )
 
-    def clip_grad_norm_(self, max_norm: float, scaler: GradScaler | None = None) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the optimizer's parameters at a norm, and tell the search.
 
         `torch.nn.utils.clip_grad_norm_` for a loop of one's own: call it after the last backward
-        pass of an update.
+        pass of an update. Gradients of a gradient scaler are unscaled first.
 
         Args:
             max_norm: The largest norm, above 0.
-            scaler: The `torch.amp.GradScaler` of the loop, whose scaled gradients must be unscaled
-                first. That of Accelerate is known.
 
         Returns:
             The norm of all gradients before clipping.
@@ -182,41 +278,82 @@ class BatchObjective:
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} is not allowed: it must be a number above 0.")
-        scaler = scaler or self._scaler
-        if scaler is not None:
-            scaler.unscale_(self._optimizer)
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = whole(torch.nn.utils.clip_grad_norm_(params, max_norm))
         self.note_clipping(norm, max_norm)
         return norm
 
-    @torch.no_grad()
     def __call__(self) -> Tensor:
         """Return the recorded mini-batch's loss at the current weights.
 
+        Without gradients; a loss that takes a derivative of its own (forces, gradient penalties)
+        with them, one micro-batch at a time.
+
         Raises:
-            RuntimeError: No mini-batch is recorded for a search.
+            RuntimeError: No mini-batch is recorded for a search; or, with several processes,
+                another one failed.
         """
-        if not self._micro_batches:
+        if not self._repeatable():
             raise RuntimeError(
                 "BatchObjective has no mini-batch to evaluate: call record() before backward(), "
                 "on a step with optimizer.search_due."
             )
-        losses = []
-        with without_trace(self._model):
-            for micro_batch in self._micro_batches:
-                micro_batch.before.restore()
-                reshard(self._model)
-                losses.append(self._scaled(micro_batch.loss_fn(*_shallow_copy(micro_batch.inputs))))
-                reshard(self._model)
-            return _total(losses)
+        losses: list[Tensor] = []
+        failure: Exception | None = None
+        with without_trace(self.scene), _one_path():
+            try:
+                self.evaluating = True
+                losses = self._evaluate()
+            except Exception as error:
+                if not _several_processes():
+                    raise
+                failure = error  # the others wait for this process's part of the mean
+            finally:
+                self.evaluating = False
+        return self._mean(losses, failure)
+
+    def _evaluate(self) -> list[Tensor]:
+        if not self.with_gradients:
+            try:
+                with torch.no_grad():
+                    return self._repeat_all()
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self.with_gradients = True
+        with torch.enable_grad(), self._gradients_kept():
+            return self._repeat_all()
+
+    def _repeat_all(self) -> list[Tensor]:
+        return [m.differentiated(m.repeat()) for m in self._micro_batches if m.factors and m.repeat]
+
+    @contextmanager
+    def _gradients_kept(self) -> Iterator[None]:
+        """Leave `.grad` as it is, whatever differentiates inside."""
+        params = [
+            *self.scene.model.parameters(),
+            *(p for m in self.scene.modules for p in m.parameters()),
+        ]
+        grads = [p.grad for p in params]
+        try:
+            for param in params:
+                param.grad = None
+            yield
+        finally:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
 
     def clear(self) -> None:
         """Forget the recorded mini-batch."""
-        self._losses = []
+        self._updates += bool(self._micro_batches)
         self._micro_batches = []
         self._clip_factor = 1.0
         self._gradient_norm = None
+
+    def _repeatable(self) -> bool:
+        return any(m.repeat is not None for m in self._micro_batches)
 
     def _has_gradients(self) -> bool:
         return any(
@@ -225,16 +362,124 @@ class BatchObjective:
             for param in group["params"]
         )
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss.detach() / self._divisor if self._divisor > 1 else loss.detach()
+    def _note_backward(self, micro_batch: _MicroBatch, factor: Tensor, first: bool) -> None:
+        """Note that backward came, and by what it multiplies the loss."""
+        factor = factor.detach()
+        if micro_batch.repeat is not None:
+            if self._scaler is not None:
+                factor = factor / self._scaler.get_scale()
+            elif _is_scale(float(factor)):
+                raise RuntimeError(
+                    f"backward multiplies the loss by {float(factor):g}: a gradient scaler that "
+                    "the objective does not know, so the search would see another loss than the "
+                    "one whose gradient is used. Write BatchObjective(..., scaler=scaler)."
+                )
+        micro_batch.factors.append(factor)
+        if first and self._updates == 1:
+            self._check_zero_grad()
+
+    def _check_zero_grad(self) -> None:
+        grads = [p.grad for g in self._optimizer.param_groups for p in g["params"]]
+        if any(grad is not None and bool(whole(grad).any()) for grad in grads):
+            warnings.warn(
+                "The gradients of the step before are still in .grad and backward adds to them, so "
+                "the search sees another loss than the one whose gradient is used. Call "
+                "optimizer.zero_grad() after optimizer.step().",
+                stacklevel=2,
+            )
+
+    def _lost(self, before: list[int | None], after: list[int | None]) -> bool:
+        """Return whether `loss_fn` wrote into a batch that was not copied; copy from then on."""
+        if before == after:
+            self._writes_into_inputs = self._writes_into_inputs or False
+            return False
+        uncopied = self._writes_into_inputs is False
+        if not self._writes_into_inputs:
+            self._writes_into_inputs = True
+            warnings.warn(
+                "loss_fn writes into tensors of its batch, which is therefore copied at every "
+                "search. An operation that is not in place (x - 1 for x.sub_(1)) needs no copy.",
+                stacklevel=2,
+            )
+        return uncopied
+
+    def _mean(self, losses: list[Tensor], failure: Exception | None = None) -> Tensor:
+        """Return the sum over micro-batches, the mean over processes, in the losses' precision."""
+        total = losses[0] if losses else torch.zeros(())
+        for loss in losses[1:]:
+            total = total + loss
+        if not _several_processes():
+            return total
+        device = next(self.scene.model.parameters()).device
+        both = torch.stack([total.to(device), total.new_full((), failure is not None).to(device)])
+        dist.all_reduce(both)
+        if failure is not None:
+            raise failure
+        if both[1]:
+            raise RuntimeError(
+                "Another process failed while it evaluated the loss; its error says why. This one "
+                "stops too, with the weights of before the search."
+            )
+        return both[0] / dist.get_world_size()
+
+
+def _checked(loss: Any) -> Tensor:
+    """Return the loss, if it is one."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}; it must return the loss, a tensor with one "
+            "element: model(**batch).loss, not model(**batch), and no .item()."
+        )
+    if loss.numel() != 1:
+        raise TypeError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it must return one number: "
+            "write loss.mean()."
+        )
+    return loss
+
+
+def _copied(value: Any, tensors: bool) -> Any:
+    """Copy containers, of any depth, and with `tensors` what they hold."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad) if tensors else value
+    if type(value) in (tuple, list):
+        return type(value)(_copied(entry, tensors) for entry in value)
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, entry in value.items():
+            result[key] = _copied(entry, tensors)
+        return result
+    return value
+
+
+def _versions(value: Any) -> list[int | None]:
+    """Return how often each tensor of a nested container was written into."""
+    if isinstance(value, Tensor):
+        return [None if value.is_inference() else value._version]
+    if isinstance(value, MutableMapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [version for entry in value for version in _versions(entry)]
+    return []
+
+
+def _is_scale(factor: float) -> bool:
+    return factor >= _SMALLEST_UNKNOWN_SCALE and math.frexp(factor)[0] == 0.5
+
+
+@contextmanager
+def _one_path() -> Iterator[None]:
+    """Keep nn.TransformerEncoder from another path where nothing is differentiated."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _shallow_copy(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(copy.copy(value) if isinstance(value, Mapping) else value for value in inputs)
 
 
 def unwrap_optimizer(optimizer: Optimizer | None) -> LineSearchOptimizer | None:
@@ -259,15 +504,3 @@ def _synchronises_gradients() -> bool:
     """Return whether this micro-batch ends an update, as far as Accelerate knows."""
     accelerate = sys.modules.get("accelerate.state")
     return accelerate is None or bool(accelerate.GradientState().sync_gradients)
-
-
-def _total(losses: list[Tensor]) -> Tensor:
-    """Sum over micro-batches, mean over processes, in the precision of the losses."""
-    total = losses[0]
-    for loss in losses[1:]:
-        total = total + loss
-    if _several_processes():
-        total = total.clone()
-        dist.all_reduce(total)
-        total = total / dist.get_world_size()
-    return total

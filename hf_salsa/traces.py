@@ -1,33 +1,90 @@
-"""What an evaluation of the loss must put back: random streams, buffers.
+"""What an evaluation of the loss must put back, so that nobody can tell that it took place.
 
-To put back one more thing, write a function like `random_streams` and add it to `TRACES`.
+`Snapshot` remembers it; `TRACES` lists the kinds, each a function that remembers and returns how
+to put back. To put back one more thing, write such a function and add it there.
 """
 
+import inspect
 import random
 import sys
+import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Integer buffers above this many elements are quantised weights, which no forward pass writes.
-_LARGEST_INTEGER_BUFFER = 4096
+# Puts back what it remembers of a value, in place, and returns the value.
+Restore: TypeAlias = Callable[[], Any]
 
-Restore: TypeAlias = Callable[[], None]
+_LARGE_TENSOR = 2**20  # bytes: from here on only what a forward pass was seen to write is copied
+_LONG = 1000  # entries: a longer container can only grow
+_DEPTH = 4  # of containers in containers
+
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# FSDP2 exchanges parameters in forward; hooks and compiled code are the module's own business.
+_MODULE_INTERNALS = (
+    "_parameters",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_compiled_call_impl",
+)
+_UNTOUCHABLE = (nn.Module, nn.Parameter, torch.optim.Optimizer, torch.utils.data.Dataset)
+# Whose objects a trainer holds without their being its own state.
+_LIBRARIES = (
+    *("torch", "accelerate", "datasets", "tokenizers", "transformers", "peft"),
+    __package__.partition(".")[0],
+)
+_DATA = ("train_dataset", "eval_dataset")
 
 
-def random_streams(model: nn.Module) -> Restore:
+@dataclass
+class Scene:
+    """Everything that a forward pass may touch.
+
+    Attributes:
+        model: The model; its modules, with all that they hold.
+        modules: Further modules that the loss uses, as a loss with weights or a teacher.
+        owner: What calls the model and may count, log and collect meanwhile: a trainer.
+        stable: Large tensors that a forward pass was seen to leave alone; filled by snapshots.
+    """
+
+    model: nn.Module
+    modules: tuple[nn.Module, ...] = ()
+    owner: object | None = None
+    stable: dict[int, Tensor] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (name, module) of all modules, each once; a DDP wrapper keeps its own books."""
+        seen: set[int] = set()
+        held = (
+            [v for v in vars(self.owner).values() if isinstance(v, nn.Module)] if self.owner else []
+        )
+        for root in (self.model, *self.modules, *held):
+            for name, module in root.named_modules():
+                if id(module) not in seen and not isinstance(module, DistributedDataParallel):
+                    seen.add(id(module))
+                    yield name or type(module).__name__, module
+
+
+def random_streams(scene: Scene) -> Restore:
     """Remember the streams of Python, NumPy, torch's CPU and the accelerators of the model."""
     python = random.getstate()
     numpy = np.random.get_state()
     cpu = torch.get_rng_state()
     accelerators = {
         device: torch.get_device_module(device).get_rng_state(*_index(device))
-        for device in {param.device for param in model.parameters()}
+        for device in {param.device for param in scene.model.parameters()}
         if device.type not in ("cpu", "meta")
     }
 
@@ -45,47 +102,51 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # MPS has one device and takes no argument
 
 
-def buffers(model: nn.Module) -> Restore:
-    """Remember the values of the buffers, as BatchNorm's running statistics."""
-    values = {
-        name: buffer.clone()
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
-        or buffer.is_complex()
-        or buffer.numel() <= _LARGEST_INTEGER_BUFFER
-    }
+def attributes(scene: Scene) -> Restore:
+    """Remember buffers and Python attributes of modules, and the attributes of the owner.
+
+    Numbers, tensors, generators, built-in containers and, one level deep, plain objects (a config,
+    a meter). Parameters, modules, hooks, optimizers, data sets and what did not exist before (a
+    cache that is made when it is needed) are left alone.
+    """
+    memory = _Memory(scene)
+    restores = [
+        memory.of_attributes(name, vars(module), _is_module_state)
+        for name, module in scene.named_modules()
+    ]
+    if scene.owner is not None:
+        owner = scene.owner
+        restores.append(memory.of_attributes(type(owner).__name__, vars(owner), _is_owner_state))
 
     def restore() -> None:
-        # Looked up afresh: a module may have put a new tensor in the place of the old one.
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in values:
-                    buffer.copy_(values[name])
+        for restore in restores:
+            restore()
 
     return restore
 
 
-TRACES: tuple[Callable[[nn.Module], Restore], ...] = (random_streams, buffers)
+TRACES: tuple[Callable[[Scene], Restore], ...] = (random_streams, attributes)
 
 
 class Snapshot:
-    """Everything that a forward pass of `model` may change, as it is at construction."""
+    """Everything that a forward pass may change, as it is at construction."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._restores = [trace(model) for trace in TRACES]
+    def __init__(self, scene: Scene) -> None:
+        self._restores = [trace(scene) for trace in TRACES]
 
     def restore(self) -> None:
         """Put it all back. May be called more than once."""
-        for restore in self._restores:
-            restore()
+        with torch.no_grad():
+            for restore in self._restores:
+                restore()
 
 
 @contextmanager
-def without_trace(model: nn.Module) -> Iterator[None]:
-    """Leave everything as it is now, whatever forward passes of `model` run inside."""
-    now = Snapshot(model)
+def without_trace(scene: Scene) -> Iterator[None]:
+    """Leave everything as it is now, whatever forward passes run inside."""
+    now = Snapshot(scene)
     # After a forward pass without gradients DDP would not broadcast buffers for the next one.
-    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    wrappers = [m for m in scene.model.modules() if isinstance(m, DistributedDataParallel)]
     broadcasts = [wrapper.require_forward_param_sync for wrapper in wrappers]
     try:
         for wrapper in wrappers:
@@ -95,6 +156,214 @@ def without_trace(model: nn.Module) -> Iterator[None]:
         for wrapper, broadcast in zip(wrappers, broadcasts, strict=True):
             wrapper.require_forward_param_sync = broadcast
         now.restore()
+
+
+def _is_module_state(name: str, value: Any) -> bool:
+    internal = name in _MODULE_INTERNALS or name.endswith("_hooks") or "_hooks_" in name
+    return not internal and not _is_untouchable(value)
+
+
+def _is_owner_state(name: str, value: Any) -> bool:
+    """Return whether an attribute of a trainer is its own, not the machinery of a library."""
+    library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    return (
+        name not in _DATA
+        and not _is_untouchable(value)
+        and (not library or isinstance(value, (Tensor, *_GENERATORS)))
+    )
+
+
+def _is_untouchable(value: Any) -> bool:
+    return isinstance(value, _UNTOUCHABLE) or inspect.isroutine(value) or isinstance(value, type)
+
+
+class _Memory:
+    """Remembers values of any kind; each object once, however many refer to it."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._seen: dict[int, Restore] = {}
+
+    def of_attributes(
+        self, name: str, attributes: dict[str, Any], wanted: Callable[[str, Any], bool]
+    ) -> Restore:
+        """Remember the attributes of an object, its `__dict__`."""
+        plain: dict[str, Any] = {}
+        others: dict[str, Restore] = {}
+        for key, value in attributes.items():
+            if isinstance(value, _SCALARS):
+                plain[key] = value
+            elif wanted(key, value):
+                others[key] = self.of_value(f"{name}.{key}", value)
+
+        def restore() -> None:
+            # Through the dictionary: a setter or a module's __setattr__ may do more.
+            for key, value in plain.items():
+                now = attributes.get(key, _MISSING)
+                # A cache that was None and is there now is left: the next pass would make it anew.
+                if now is not value and (value is not None or isinstance(now, _SCALARS)):
+                    attributes[key] = value
+            for key, remembered in others.items():
+                value = remembered()
+                if attributes.get(key, _MISSING) is not value:
+                    attributes[key] = value
+
+        return restore
+
+    def of_value(self, name: str, value: Any, depth: int = _DEPTH) -> Restore:
+        """Remember a value of any kind."""
+        if isinstance(value, _SCALARS) or _is_untouchable(value):
+            return lambda: value
+        if id(value) in self._seen:
+            return self._seen[id(value)]
+        self._seen[id(value)] = lambda: value  # an object that holds itself
+        self._seen[id(value)] = restore = self._of_new(name, value, depth)
+        return restore
+
+    def _of_new(self, name: str, value: Any, depth: int) -> Restore:
+        if isinstance(value, Tensor):
+            return self._of_tensor(name, value)
+        if isinstance(value, np.ndarray):
+            return _of_array(value)
+        if isinstance(value, _GENERATORS):
+            return _of_generator(value)
+        if type(value) in _CONTAINERS or type(value) is tuple:
+            return self._of_container(name, value, depth)
+        if depth == _DEPTH and hasattr(value, "__dict__"):  # the attribute itself is an object
+            inside = self.of_attributes(name, vars(value), lambda key, v: not _is_object(v))
+
+            def restore() -> Any:
+                inside()
+                return value
+
+            return restore
+        return lambda: value
+
+    def _of_container(self, name: str, value: Any, depth: int) -> Restore:
+        if depth == 0 or (len(value) > _LONG and type(value) is not tuple):
+            return _of_length(value)
+        if isinstance(value, dict):
+            entries = {k: self.of_value(f"{name}[{k!r}]", v, depth - 1) for k, v in value.items()}
+
+            def restore_dict() -> Any:
+                then = {key: remembered() for key, remembered in entries.items()}
+                if list(map(id, value.values())) != list(map(id, then.values())) or list(
+                    value
+                ) != list(then):
+                    value.clear()
+                    dict.update(value, then)  # a Counter's own would add
+                return value
+
+            return restore_dict
+        items = [self.of_value(f"{name}[{i}]", v, depth - 1) for i, v in enumerate(value)]
+
+        def restore_items() -> Any:
+            then = [remembered() for remembered in items]
+            if type(value) is tuple or list(map(id, value)) == list(map(id, then)):
+                return value
+            value.clear()
+            (value.update if isinstance(value, set) else value.extend)(then)
+            return value
+
+        return restore_items
+
+    def _of_tensor(self, name: str, tensor: Tensor) -> Restore:
+        version = _version(tensor)
+        large = tensor.nbytes > _LARGE_TENSOR
+        stable = self._scene.stable
+        known_stable = large and stable.get(id(tensor)) is tensor
+        saved = None if known_stable else tensor.detach().clone()
+
+        def restore() -> Tensor:
+            if version is not None and _version(tensor) == version:
+                if large:
+                    stable[id(tensor)] = tensor
+                return tensor
+            stable.pop(id(tensor), None)
+            if saved is None:
+                self._warn(name)
+            elif tensor.shape != saved.shape:
+                tensor.set_(saved.clone())  # type: ignore[call-overload]
+            elif not _overlaps(tensor):
+                tensor.copy_(saved)
+            return tensor
+
+        return restore
+
+    def _warn(self, name: str) -> None:
+        if name not in self._scene.warned:
+            self._scene.warned.add(name)
+            warnings.warn(
+                f"The forward pass changed {name}, a large tensor that it had left alone before: "
+                "an evaluation of the loss could not put it back this once. From now on it is "
+                "copied.",
+                stacklevel=2,
+            )
+
+
+_MISSING = object()
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a value is neither number, container, tensor nor generator."""
+    known = (*_SCALARS, *_CONTAINERS, tuple, Tensor, np.ndarray, *_GENERATORS)
+    return not isinstance(value, known)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return the count of in-place changes, or None where torch keeps none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether elements share memory (an expanded tensor): nothing can write to it."""
+    layout = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in layout)
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> Restore:
+    saved = array.copy()
+
+    def restore() -> Any:
+        if array.flags.writeable:
+            array[...] = saved
+        return array
+
+    return restore
+
+
+def _of_generator(generator: Any) -> Restore:
+    put_back: Callable[[], Any]
+    if isinstance(generator, torch.Generator):
+        put_back = partial(generator.set_state, generator.get_state())
+    elif isinstance(generator, np.random.Generator):
+        put_back = partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    elif isinstance(generator, np.random.RandomState):
+        put_back = partial(generator.set_state, generator.get_state())
+    else:
+        put_back = partial(generator.setstate, generator.getstate())
+
+    def restore() -> Any:
+        put_back()
+        return generator
+
+    return restore
+
+
+def _of_length(value: Any) -> Restore:
+    """Remember how long a container is: what was added comes off again."""
+    length = len(value)
+
+    def restore() -> Any:
+        if isinstance(value, (list, deque)):
+            while len(value) > length:
+                value.pop()
+        elif isinstance(value, dict):
+            for key in list(islice(reversed(value), len(value) - length)):
+                del value[key]
+        return value
+
+    return restore
 
 
 def reshard(model: nn.Module) -> None:

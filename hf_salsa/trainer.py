@@ -1,56 +1,59 @@
 """SaLSaTrainer: HuggingFace Trainer whose optimizer may evaluate the mini-batch again."""
 
 import copy
-import statistics
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from .model_card import write_model_card
 from .objective import BatchObjective, unwrap_optimizer
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
-from .traces import without_trace
+from .run_trace import RunTrace
 from .training_args import (
     SaLSaArgumentsMixin,
     ignored_settings,
     line_search_name,
     optimizer_arguments,
+    resolved_max_grad_norm,
 )
 
-# TRL's trainers that generate inside of training_step.
-_ONLINE_TRAINERS = {
-    "A2POTrainer",
-    "AsyncDistillationTrainer",
-    "AsyncGRPOTrainer",
-    "DistillationTrainer",
-    "GKDTrainer",
-    "GOLDTrainer",
-    "GRPOTrainer",
-    "IWOPDTrainer",
-    "NashMDTrainer",
-    "OnlineDPOTrainer",
-    "PPOTrainer",
-    "RLOOTrainer",
-    "SDFTTrainer",
-    "SDPOTrainer",
-    "XPOTrainer",
+_GENERATES = (
+    "it generates new data in every training step, so there is no mini-batch to evaluate again"
+)
+# Class name -> why a search on its loss cannot come out right.
+_REFUSED_TRAINERS = dict.fromkeys(
+    (
+        *("A2POTrainer", "AsyncDistillationTrainer", "AsyncGRPOTrainer", "DistillationTrainer"),
+        *("GKDTrainer", "GOLDTrainer", "GRPOTrainer", "IWOPDTrainer", "NashMDTrainer"),
+        *("OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer", "SDFTTrainer", "SDPOTrainer"),
+        "XPOTrainer",
+    ),
+    _GENERATES,
+)
+# Value of `loss_type` in TRL's arguments -> the same.
+_REFUSED_LOSSES = {
+    "dft": "its gradient is not its derivative (the weights of the tokens are detached), so no "
+    "step size can be judged by it",
 }
 # The names under which Trainer takes parameters from the optimizer's arguments.
 _PARAMETER_OPTIONS = {"params", "model", "optimizer_dict"}
-# Where the trainers of TRL and sentence-transformers add up metrics while they compute a loss.
-_METRICS = ("_metrics", "_total_train_tokens", "accum_loss_components")
-
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -94,13 +97,13 @@ class SaLSaTrainerMixin(_Base):
     """
 
     _objective: BatchObjective | None = None
-    _loss_scaling_checked: bool = False
-    _planned: bool = False
+    _run: TrainerState | None = None
     model: nn.Module
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # Trainer says LambdaLR
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(RunTrace())
         if self.optimizer is not None:
             name = type(self.optimizer).__name__
             uses_line_search = isinstance(self.optimizer, LineSearchOptimizer)
@@ -127,7 +130,10 @@ class SaLSaTrainerMixin(_Base):
 
     def _refuse_what_comes_out_wrong(self, name: str) -> None:
         """Raise a `ValueError` with the reason and the alternative before training starts."""
-        online = _ONLINE_TRAINERS & {base.__name__ for base in type(self).__mro__}
+        refused = [b.__name__ for b in type(self).__mro__ if b.__name__ in _REFUSED_TRAINERS]
+        loss_type = vars(self.args).get("loss_type")  # TRL's
+        losses = [loss_type] if isinstance(loss_type, str) else list(loss_type or [])
+        refused_losses = [name for name in losses if name in _REFUSED_LOSSES]
         parallelism = self.accelerator.parallelism_config
         reasons = [
             (
@@ -158,11 +164,8 @@ class SaLSaTrainerMixin(_Base):
                 "context, sequence or tensor parallelism: each rank holds a part of one loss. Use "
                 "DDP (torchrun) instead",
             ),
-            (
-                bool(online),
-                f"{', '.join(sorted(online))}: it generates new data in every training step, so "
-                "there is no mini-batch to evaluate again",
-            ),
+            *((True, f"{trainer}: {_REFUSED_TRAINERS[trainer]}") for trainer in refused),
+            *((True, f"loss_type={loss!r}: {_REFUSED_LOSSES[loss]}") for loss in refused_losses),
         ]
         for applies, reason in reasons:
             if applies:
@@ -199,7 +202,6 @@ class SaLSaTrainerMixin(_Base):
         scheduled = optimizer or self.optimizer
         line_search = unwrap_optimizer(scheduled)
         if scheduled is None or line_search is None:
-            self._objective = None
             return super().create_scheduler(num_training_steps, optimizer)
         ignored = ignored_settings(self.args)
         if self.lr_scheduler is not None and not isinstance(self.lr_scheduler, StepSizeReadout):
@@ -212,10 +214,27 @@ class SaLSaTrainerMixin(_Base):
             )
         readout = StepSizeReadout(scheduled)  # the wrapper: Accelerate swaps the inner step()
         self.lr_scheduler = readout
-        # A new training run: nothing recorded in an earlier one may be left.
-        self._objective = BatchObjective(self.model, line_search)
-        self._planned = False
         return readout
+
+    def _begin_run(self) -> None:
+        """Prepare for a run that starts or is resumed, after a checkpoint was loaded."""
+        self._run = self.state
+        line_search, optimizer = self.line_search, self.optimizer
+        kind = None if line_search is None else type(line_search)
+        self.args.max_grad_norm = resolved_max_grad_norm(self.args.max_grad_norm, kind)
+        if line_search is None or optimizer is None:
+            self._objective = None
+            return
+        if not isinstance(self.lr_scheduler, StepSizeReadout):
+            raise ValueError(
+                f"create_scheduler of {type(self).__name__} made a "
+                f"{type(self.lr_scheduler).__name__}, but {type(line_search).__name__} has no "
+                "learning rate to schedule. Return super().create_scheduler(...) there, or use a "
+                "stock optimizer."
+            )
+        self._objective = BatchObjective(self.model, optimizer)
+        self._objective.scene.owner = self
+        line_search.plan(self.state.max_steps, done=self.state.global_step)
 
     def training_step(
         self,
@@ -233,78 +252,59 @@ class SaLSaTrainerMixin(_Base):
         Returns:
             The loss, as it was differentiated.
         """
+        if self._run is not self.state:  # Trainer makes a new state for each run
+            self._begin_run()
         if self._objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        line_search = self.line_search
-        if line_search is not None and not self._planned:  # here, after a checkpoint was loaded
-            line_search.plan(self.state.max_steps, done=self.state.global_step)
-            self._planned = True
-        if not self._loss_scaling_checked:
-            self._check_loss_scaling(self._objective, model, inputs, num_items_in_batch)
-        return self._objective.record(self._micro_batch_loss, model, inputs, num_items_in_batch)
+        return self._objective.record_step(self._noted_step, model, inputs, num_items_in_batch)
 
-    def _micro_batch_loss(
+    @property
+    def in_trial(self) -> bool:
+        """True while the search evaluates the loss: for code in compute_loss that counts."""
+        return self._objective is not None and self._objective.evaluating
+
+    def _noted_step(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """Return the loss that `training_step` differentiates, and differentiate it if asked.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a training step; return what it returns, and the sum of what backward was given.
 
-        The search calls this under `torch.no_grad`: one definition of the loss serves both.
+        The search calls this again: one definition of the loss serves gradient and trials. Then
+        nothing is differentiated and nothing is logged.
         """
-        if torch.is_grad_enabled():
-            return super().training_step(model, inputs, num_items_in_batch)
-        if isinstance(model, DistributedDataParallel):
+        losses: list[Tensor] = []
+        accelerator, trial = self.accelerator, self.in_trial
+        backward = accelerator.backward
+
+        def noting(loss: Tensor, **kwargs: Any) -> None:
+            losses.append(loss.detach() / accelerator.gradient_accumulation_steps)
+            if not trial:
+                backward(loss, **kwargs)
+
+        if trial and isinstance(model, DistributedDataParallel):
             model = model.module  # the wrapper's forward prepares a backward that never comes
-        with self._evaluating():
-            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            accelerator.backward = noting
+            with self._silence() if trial else nullcontext():
+                returned = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            accelerator.backward = backward
+        return returned, sum(losses[1:], losses[0]) if losses else None
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Run a training step that differentiates nothing and counts in no metric."""
-        backward = self.accelerator.backward
-        metrics = {name: value for name, value in vars(self).items() if name in _METRICS}
-        self.accelerator.backward = lambda loss, **kwargs: None
-        vars(self).update(copy.deepcopy(metrics))
+    def _silence(self) -> Iterator[None]:
+        """Let no callback and no tracker hear of what runs inside."""
+        handler: Any = self.callback_handler
+        accelerator: Any = self.accelerator
+        call_event, log = handler.call_event, accelerator.log
         try:
+            handler.call_event = lambda event, args, state, control, **_: control
+            accelerator.log = lambda *args, **kwargs: None
             yield
         finally:
-            self.accelerator.backward = backward
-            vars(self).update(metrics)
-
-    def _check_loss_scaling(
-        self,
-        objective: BatchObjective,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        num_items_in_batch: Tensor | int | None,
-    ) -> None:
-        """Find out whether the model normalises its loss by `num_items_in_batch`.
-
-        Trainer assumes so of every model whose `forward` takes keyword arguments, and then does not
-        average the loss over micro-batches. Many do not (BERT's classification): their accumulated
-        loss, and with it SGD's step, would grow with the number of micro-batches.
-        """
-        self._loss_scaling_checked = True
-        accumulates = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
-        if (
-            not accumulates
-            or not self.model_accepts_loss_kwargs
-            or num_items_in_batch is None
-            or self.compute_loss_func is not None
-            or self.label_smoother is not None
-        ):
-            return
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
-        inputs = self._prepare_inputs(inputs)
-        losses = []
-        for items in (num_items_in_batch, 2 * num_items_in_batch):
-            with torch.no_grad(), without_trace(self.model), self.compute_loss_context_manager():
-                outputs = bare(**inputs, num_items_in_batch=items)
-            losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs[0])
-        if torch.equal(*losses):
-            self.model_accepts_loss_kwargs = False
+            handler.call_event, accelerator.log = call_event, log
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
@@ -327,10 +327,13 @@ class SaLSaTrainerMixin(_Base):
                 `salsa/slope`); the metrics at the end of training the report of the whole run.
             start_time: When training started.
         """
+        if self.in_trial:
+            return
         line_search = self.line_search
         if line_search is not None and "loss" in logs:
-            logs["salsa/searches"] = line_search.counters.searches
-            logs["salsa/trials"] = line_search.counters.trials
+            counters, before = line_search.counters, self.run_trace.before
+            logs["salsa/searches"] = counters.searches - before.get("searches", 0)
+            logs["salsa/trials"] = counters.trials - before.get("trials", 0)
             record = line_search.last_search
             if record is not None:
                 logs["salsa/interval"] = record.interval
@@ -395,19 +398,26 @@ class SaLSaTrainerMixin(_Base):
                 **settings,
             )
 
+    @property
+    def run_trace(self) -> RunTrace:
+        """The searches of the current run."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, RunTrace))
+
     def _search_report(self, line_search: LineSearchOptimizer) -> dict[str, float]:
-        """Return what the searches of the whole run cost and found."""
-        counters = line_search.counters
+        """Return what the searches of this run cost and found."""
+        trace, totals = self.run_trace, asdict(line_search.counters)
+        of_run = {name: total - trace.before.get(name, 0) for name, total in totals.items()}
         # Each evaluation repeats the forward passes of one update.
-        forward_passes = counters.trials + self.state.global_step
-        applied = [entry["learning_rate"] for entry in self.state.log_history if "loss" in entry]
+        forward_passes = of_run["trials"] + self.state.global_step
+        median = trace.median_step_size(self.state.global_step)
         return {
-            "salsa/searches": counters.searches,
-            "salsa/trials": counters.trials,
-            "salsa/extra_forward_share": counters.trials / max(forward_passes, 1),
-            "salsa/failed_searches": counters.failed_searches,
-            "salsa/skipped_steps": counters.skipped_steps,
-            "salsa/median_step_size": statistics.median(applied or [line_search.step_size]),
+            "salsa/searches": of_run["searches"],
+            "salsa/trials": of_run["trials"],
+            "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
+            "salsa/failed_searches": of_run["failed_searches"],
+            "salsa/skipped_steps": of_run["skipped_steps"],
+            "salsa/median_step_size": 0.0 if median is None else median,
             "salsa/final_step_size": line_search.step_size,
         }
 

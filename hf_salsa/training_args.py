@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, LineSearchOptimizer
 from .settings import SETTINGS, SettingFields, check_setting
 
 _DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
@@ -55,11 +55,6 @@ class SaLSaArgumentsMixin(SettingFields):
             "line searches, transformers' own default with the plus ones and all other optimizers."
         },
     )
-    logging_steps: float = field(
-        default=10,
-        metadata={"help": "Log every so many updates; below 1: a ratio of all updates."},
-    )
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first update too."})
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
@@ -71,16 +66,43 @@ class SaLSaArgumentsMixin(SettingFields):
                 f"optim={name!r} is not an optimizer.{hint} Line searches: "
                 f"{', '.join(OPTIMIZERS)}. Of transformers: {', '.join(stock)}."
             )
-        clips = name not in OPTIMIZERS or OPTIMIZERS[name].rule_type.clips_gradients
-        if self.max_grad_norm is None:
-            self.max_grad_norm = _stock_default("max_grad_norm") if clips else 0.0
-        if name in OPTIMIZERS:
+        self.max_grad_norm = resolved_max_grad_norm(self.max_grad_norm, OPTIMIZERS.get(name))
+        if name not in OPTIMIZERS:
+            self._refuse_settings_of_a_search(name)
+        else:
             self._check_line_search_arguments(name)
             # transformers knows its own names only; none of what it derives depends on this one.
             self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]  # of TrainingArguments, which comes next
         if name in OPTIMIZERS:
             self.optim = name
+
+    def set_optimizer(self, name: str = _DEFAULT_OPTIMIZER, *args: Any, **kwargs: Any) -> Any:
+        """Set the optimizer, a line search's too, and its options as `TrainingArguments` does.
+
+        Args:
+            name: The optimizer, as for `optim`.
+            args: As in `TrainingArguments.set_optimizer`, like `kwargs`. A learning rate has no
+                meaning for a line search.
+            kwargs: The same by keyword.
+        """
+        arguments: Any = self
+        stock = OptimizerNames.ADAMW_TORCH if name in OPTIMIZERS else name
+        super().set_optimizer(stock, *args, **kwargs)  # type: ignore[misc]
+        if name in OPTIMIZERS:
+            arguments.optim = name
+            arguments.learning_rate = _stock_default("learning_rate")
+            self._check_line_search_arguments(name)
+        self.max_grad_norm = resolved_max_grad_norm(self.max_grad_norm, OPTIMIZERS.get(name))
+        return self
+
+    def _refuse_settings_of_a_search(self, name: str) -> None:
+        given = [e.name for e in fields(SettingFields) if getattr(self, e.name) is not None]
+        if given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} is not allowed with optim={name!r}, which "
+                f"does not search. Leave it out, or choose one of {', '.join(OPTIMIZERS)}."
+            )
 
     def _check_line_search_arguments(self, name: str) -> None:
         arguments: Any = self  # also of TrainingArguments
@@ -124,8 +146,6 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         - `optim`: `"salsa_adam"` instead of `"adamw_torch_fused"`.
         - `max_grad_norm`: 0 (no clipping) instead of 1 with the paper's line searches. The plus
           ones keep the 1, without which training from scratch may fail.
-        - `logging_steps`: 10 instead of 500, and `logging_first_step`: True instead of False, so
-          that the step size can be seen finding itself.
     """
 
 
@@ -160,6 +180,25 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
     }
     known = OPTIMIZERS[name].default_settings()
     return {n: v for n, v in stock.items() if n in known} | _given_settings(args, name)
+
+
+class _Default(float):
+    """A value that nobody asked for: another optimizer may want another one."""
+
+
+def resolved_max_grad_norm(
+    value: float | None, optimizer: type[LineSearchOptimizer] | None
+) -> float:
+    """Return the norm at which gradients are clipped: what was asked for, or the optimizer's own.
+
+    Args:
+        value: The argument as it stands: None or an earlier default where nobody asked.
+        optimizer: The class of the line search; None is an optimizer of transformers.
+    """
+    if value is not None and not isinstance(value, _Default):
+        return value
+    clips = optimizer is None or optimizer.rule_type.clips_gradients
+    return _Default(_stock_default("max_grad_norm") if clips else 0.0)
 
 
 def ignored_settings(args: TrainingArguments) -> list[str]:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from ..rules import Plus, SaLSa, StepSizeRule
 from .base import LineSearchOptimizer
 from .signature import explicit_signature
-from .tensors import LOW_PRECISION, dots
+from .tensors import dots, moment_dtype
 from .trial_points import Chunk
 from .updates import Update
 
@@ -45,7 +45,7 @@ class LineSearchAdam(LineSearchOptimizer):
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return step 0 and moments of 0, in float32 or wider."""
-        dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+        dtype = moment_dtype(param)
         return {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),
             "exp_avg": torch.zeros_like(param, dtype=dtype),

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..rules import Line, RuleState, SearchRecord, StepSizeRule
+from ..rules import Line, Outcome, RuleState, SearchRecord, StepSizeRule
 from ..settings import check_setting
 from . import messages, updates
+from .checks import check_derivative, refuse_hopeless
 from .signature import refuse_learning_rate
 from .skips import UnreadSkips, give_up_after_too_many
-from .state import Counters, RunState, check_loadable, keep_precision, names_of, read, write
+from .state import (
+    Counters,
+    RunState,
+    names_of,
+    read,
+    restore_precision,
+    with_tensors,
+    write,
+    written_by,
+)
 from .tensors import LOW_PRECISION, dots, locals_of, sum_over_shards
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
 from .updates import Update
@@ -48,6 +58,8 @@ class Objective(Protocol):
     @property
     def gradient_norm(self) -> Tensor | float | None:
         """The norm of all gradients, or None if nobody computed it."""
+
+    with_gradients: bool  # whether evaluations need gradients of their own
 
     def __call__(self) -> Tensor:
         """Return the loss at the current weights."""
@@ -154,7 +166,10 @@ class LineSearchOptimizer(Optimizer):
 
     @property
     def step_size(self) -> float:
-        """The step size last applied; `initial_step_size` before the first search."""
+        """The step size last applied; before the first step `initial_step_size`.
+
+        0 as long as no search has found one, and steps only move the moments.
+        """
         return self._applied(*self._read())
 
     @property
@@ -249,10 +264,10 @@ class LineSearchOptimizer(Optimizer):
         Raises:
             ValueError: The checkpoint is not of a line-search optimizer.
         """
-        check_loadable(self, self._shared_names(), state_dict)
-        super().load_state_dict(state_dict)
+        self._check_loadable(state_dict["param_groups"])
+        super().load_state_dict(with_tensors(state_dict))
         self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
-        keep_precision(self, state_dict)
+        restore_precision(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self._settled()
@@ -307,29 +322,28 @@ class LineSearchOptimizer(Optimizer):
             return None
         closure = self._ready(closure, params)
         state, run = self._read()
-        witness = self._finite_if_all_is(params, loss)
+        norm = self._objective.gradient_norm if self._objective else None
+        if norm is None:
+            norm = self._norm(params)
+        # The gradients decide whether there is a step, the loss whether there is a search.
         found_inf = None
-        on_host = not isinstance(witness, Tensor) or witness.device.type in _HOST_DEVICES
+        on_host = not isinstance(norm, Tensor) or norm.device.type in _HOST_DEVICES
         if state.search_due or on_host:
             state, run = self._settled()
-            if not math.isfinite(witness):
+            if not math.isfinite(norm) and not math.isfinite(self._norm(params, largest=True)):
                 self._skip(state, run)
                 return loss
         else:
-            assert isinstance(witness, Tensor)
-            found_inf = self._unread_skips.note(witness, run.consecutive_skips)
+            assert isinstance(norm, Tensor)
+            found_inf = self._unread_skips.note(norm, run.consecutive_skips)
         if state.search_due:
-            skipped = run.skipped_steps
             loss, state, run = self._search(closure, loss, state, run)
-            if run.skipped_steps > skipped:  # f(w_k) itself, evaluated again, was not finite
-                return loss
         else:
             state = replace(state, steps_since_search=state.steps_since_search + 1)
         run = replace(run, steps=run.steps + 1)
         if self.rule_type.looks_back and state.search_due:
             self._keep_weights()
-        # Before any search was accepted no step size is known: only the moments move.
-        step_size = self._applied(state, run) if state.step_size_known else 0.0
+        step_size = self._applied(state, run)
         for group in self.param_groups:
             updates.apply(self.take_step, group, self._state_of, step_size, found_inf)
         if found_inf is None:
@@ -338,11 +352,7 @@ class LineSearchOptimizer(Optimizer):
         return loss
 
     def _search(
-        self,
-        closure: Closure,
-        loss: Tensor | float | None,
-        state: RuleState,
-        run: RunState,
+        self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState
     ) -> tuple[Tensor | float | None, RuleState, RunState]:
         calls = 0
 
@@ -351,7 +361,7 @@ class LineSearchOptimizer(Optimizer):
             calls += 1
             # Autocast caches the low-precision copy of every weight that it has seen.
             torch.clear_autocast_cache()
-            return closure()
+            return self._call(closure)
 
         chunks = list(
             cut(
@@ -361,43 +371,95 @@ class LineSearchOptimizer(Optimizer):
                 backups=self._backups,
             )
         )
-        if loss is not None and state.searches == 0 and not self._replays(loss, evaluate, chunks):
-            run = replace(run, reevaluate_loss=True)
+        first = state.searches == 0
+        exact = True
+        if first:
+            loss = evaluate() if loss is None else loss
+            exact = not math.isfinite(loss) or self._replays(loss, evaluate, chunks)
+            run = replace(run, reevaluate_loss=not exact)
         if loss is None or run.reevaluate_loss:
             loss = evaluate()
-        start = float(loss)
-        if not math.isfinite(start):
-            return loss, *self._skip(state, replace(run, trials=run.trials + calls))
-        clip_factor = float(self._objective.clip_factor) if self._objective else 1.0
-        rule = self.rule
-
+        epsilon = _epsilon(loss, chunks)
         with TrialPoints(chunks, self.direction) as points:
-
-            def loss_at(step_size: float) -> float:
-                points.move_to(step_size)
-                return float(evaluate())
-
-            def look_back() -> tuple[float, float]:
-                slope = points.undo_last_step() / clip_factor
-                return float(evaluate()), slope
-
-            slope, *agreement = points.first(rule.first_trial(state), self._measure)
-            line = Line(
-                loss_at,
-                loss=start,
-                slope=slope / clip_factor,
-                resolution=_epsilon(loss, chunks) * abs(start),
-                look_back=look_back,
-                agreement=agreement[0] / clip_factor if agreement else math.nan,
-            )
-            record, searched = rule.search(state, line)
+            line = self._line(points, evaluate, float(loss), epsilon, state)
+            if not math.isfinite(line.loss):
+                record, searched = self._no_search(line, state, "loss")
+            elif not math.isfinite(line.slope) or not line.agreement <= math.inf:
+                record, searched = self._no_search(line, state, "slope")
+            else:
+                if first and exact and not any(c.params[0].dtype in LOW_PRECISION for c in chunks):
+                    check_derivative(line)
+                record, searched = self.rule.search(state, line)
+                if not all(map(math.isfinite, vars(searched).values())):
+                    record, searched = self._no_search(line, state, "overflow")
         torch.clear_autocast_cache()
         self._last_search = record
         if not record.accepted:
             self._warn_once(record.outcome, messages.failed_search(record, searched))
+            refuse_hopeless(record, searched, line)
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
         return loss, searched, replace(run, trials=run.trials + calls)
+
+    def _line(
+        self,
+        points: TrialPoints,
+        evaluate: Callable[[], Tensor | float],
+        loss: float,
+        epsilon: float,
+        state: RuleState,
+    ) -> Line:
+        """Return what the rule may know, with the first trial point written already."""
+        clip_factor = float(self._objective.clip_factor) if self._objective else 1.0
+
+        def unclipped(slope: float) -> float:
+            return slope / clip_factor if clip_factor else math.nan
+
+        def loss_at(step_size: float) -> float:
+            points.move_to(step_size)
+            return float(evaluate())
+
+        def look_back() -> tuple[float, float]:
+            slope = unclipped(points.undo_last_step())
+            return float(evaluate()), slope
+
+        slope, *agreement = points.first(self.rule.first_trial(state), self._measure)
+        return Line(
+            loss_at,
+            loss=loss,
+            slope=unclipped(slope),
+            resolution=epsilon * abs(loss),
+            look_back=look_back,
+            agreement=unclipped(agreement[0]) if agreement else 0.0,
+        )
+
+    @staticmethod
+    def _no_search(
+        line: Line, state: RuleState, outcome: Outcome
+    ) -> tuple[SearchRecord, RuleState]:
+        failed = state.failed()
+        return SearchRecord.of(line, failed, outcome=outcome), failed
+
+    def _call(self, closure: Closure) -> Tensor | float:
+        """Return the loss of a closure; one of the user's must leave the gradients alone."""
+        if closure is self._objective:
+            return closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        try:
+            loss = closure()
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise RuntimeError(messages.BACKWARD_IN_CLOSURE) from error
+            raise
+        finally:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+        if not isinstance(loss, (int, float)) and not (
+            isinstance(loss, Tensor) and loss.numel() == 1
+        ):
+            raise TypeError(messages.NO_NUMBER.format(kind=type(loss).__name__))
+        return loss
 
     def _measure(self, chunk: Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement."""
@@ -412,6 +474,8 @@ class LineSearchOptimizer(Optimizer):
     def _ready(self, closure: Closure | None, params: list[Tensor]) -> Closure:
         """Raise a `RuntimeError` if there is no loss, or no gradient, or no end to cool down to."""
         name = type(self).__name__
+        if closure is not None and not callable(closure):
+            raise TypeError(messages.NO_FUNCTION.format(kind=type(closure).__name__))
         if closure is None:
             raise RuntimeError(messages.NO_LOSS.format(name=name))
         if not params:
@@ -426,15 +490,15 @@ class LineSearchOptimizer(Optimizer):
             self._warn_once("lr", messages.LR_WAS_SET.format(lr=lr, name=name))
         return closure
 
-    def _finite_if_all_is(
-        self, params: list[Tensor], loss: Tensor | float | None
-    ) -> Tensor | float:
-        """Return a number that is finite if and only if the loss and all gradients are."""
-        norm = self._objective.gradient_norm if self._objective else None
-        if norm is None:
-            (grads,) = locals_of([[p.grad for p in params]], params)
-            norm = sum_over_shards([list(torch._foreach_norm(grads))], params).squeeze(0)
-        return norm + (0.0 if loss is None else loss)
+    @staticmethod
+    def _norm(params: list[Tensor], largest: bool = False) -> Tensor:
+        """Return the norm of all gradients, not finite if one is not or if it overflows.
+
+        `largest` takes the sum of their largest elements instead, which does not overflow.
+        """
+        (grads,) = locals_of([[p.grad for p in params]], params)
+        norms = list(torch._foreach_norm(grads, math.inf if largest else 2))
+        return sum_over_shards([norms], params).squeeze(0)
 
     def _replays(
         self, loss: Tensor | float, evaluate: Callable[[], Tensor | float], chunks: list[Chunk]
@@ -443,23 +507,55 @@ class LineSearchOptimizer(Optimizer):
 
         Up to a few roundings of the loss's precision.
         """
-        trained, replayed = float(loss), float(evaluate())
-        if abs(trained - replayed) <= 32 * _epsilon(loss, chunks) * abs(trained):
+        trained, objective = float(loss), self._objective
+        tolerance = 32 * _epsilon(loss, chunks) * abs(trained)
+        replayed = float(evaluate())
+        if abs(trained - replayed) <= tolerance:
             return True
+        if objective is not None and not objective.with_gradients:
+            objective.with_gradients = True  # what is computed may depend on it
+            again = float(evaluate())
+            if abs(trained - again) <= tolerance:
+                return True
+            objective.with_gradients = False
         text = messages.REPLAY.format(trained=trained, replayed=replayed)
         self._warn_once("replay", text)
         return False
 
     # --- state
 
+    def _check_loadable(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse the state of another optimizer; name settings that differ."""
+        mine = {*self._shared_names(), *self.options}
+        writer = written_by(groups[0], LineSearchOptimizer)
+        if not mine <= groups[0].keys() or (writer and not issubclass(type(self), writer)):
+            name = writer.__name__ if writer else "another kind of optimizer"
+            raise ValueError(
+                f"This checkpoint was not written by {type(self).__name__} but by {name}. Resume "
+                "with the optimizer that wrote it."
+            )
+        changed = [
+            f"{name}={groups[0][name]!r} (here {self.param_groups[0][name]!r})"
+            for name in self.default_settings()
+            if groups[0][name] != self.param_groups[0][name]
+        ]
+        if changed:
+            self._warn_once(
+                f"settings {changed}",
+                f"The checkpoint has other settings, and they hold: {', '.join(changed)}. To go on "
+                "with other ones, set them in param_groups after loading.",
+            )
+
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter; make it if there is none."""
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state.update(self.new_state(param, group))
+        if param not in self.state:
+            state = self.new_state(param, group)
             if self.rule_type.looks_back:
                 state[PREVIOUS] = param.detach().clone()  # no step yet: u = 0
-        return state
+            if not state:  # nothing to keep
+                return state
+            self.state[param] = state
+        return self.state[param]  # type: ignore[no-any-return]
 
     def _keep_weights(self) -> None:
         """Remember w_k for a search at the coming step, which looks back to it."""
@@ -483,6 +579,8 @@ class LineSearchOptimizer(Optimizer):
             run = replace(run, skipped_steps=run.skipped_steps + total, consecutive_skips=in_a_row)
             state = replace(state, steps_since_search=state.steps_since_search - total)
             self._write(state, run)
+            if total:
+                self._warn_once("skip", messages.SKIPPED.format(step=run.steps))
             give_up_after_too_many(in_a_row)
         return state, run
 
@@ -495,11 +593,14 @@ class LineSearchOptimizer(Optimizer):
             consecutive_skips=run.consecutive_skips + 1,
         )
         self._write(state, run)
+        self._warn_once("skip", messages.SKIPPED.format(step=run.steps))
         give_up_after_too_many(run.consecutive_skips)
         return state, run
 
     def _applied(self, state: RuleState, run: RunState) -> float:
         """Return the step size of the latest step."""
+        if run.steps and not state.step_size_known:
+            return 0.0  # only the moments move
         latest = max(0, run.steps - 1 - run.run_start)
         return float(state.step_size * self.rule.factor(latest, run.run_steps))
 

@@ -32,7 +32,39 @@ REPLAY = (
     "new dropout masks: use BatchObjective), for state that the forward pass changes, for "
     "torch.compile. From now on f(w_k) is re-evaluated at every search, one more forward pass."
 )
+SKIPPED = (
+    "The gradients of step {step} are not finite: the step is skipped, weights and state stay as "
+    "they are. Said once; counters.skipped_steps has the total, and 20 in a row are an error."
+)
+NO_FUNCTION = (
+    "step() got a {kind} as closure, which must be a function that returns the loss of the same "
+    "mini-batch at the current weights. Write step(closure, loss=loss), or record the mini-batch "
+    "with a BatchObjective and write step()."
+)
+NO_NUMBER = (
+    "The closure returned a {kind}; it must return the loss, a number or a tensor with one "
+    "element. Is its `return loss` missing?"
+)
+BACKWARD_IN_CLOSURE = (
+    "The closure differentiates something, but it runs without gradients: it must only return the "
+    "loss. Call loss.backward() once, before step(closure, loss=loss). A loss that takes a "
+    "derivative of its own belongs into a BatchObjective."
+)
+WRONG_DERIVATIVE = (
+    "The gradients are not those of the loss that is searched: at a small step it fell by "
+    "{ratio:.3g} times what they predict. Look for: clipping by value, or by norm without telling "
+    "(write objective.clip_grad_norm_(max_norm)); a loss that is scaled after record() or in the "
+    "closure only; a forgotten optimizer.zero_grad(); gradients changed by hand; parts of the loss "
+    "that are detached (then a line search cannot be used)."
+)
+HOPELESS = (
+    "None of {searches} searches found a step at which the loss falls as the slope {slope:.3g} "
+    "predicts, so nothing was learnt. Look for: a loss whose gradient is not its derivative (a "
+    "detached factor), gradients changed by hand, a forward pass that gives another loss each time."
+)
 _FAILURES = {
+    "loss": "the loss is {loss} while the gradients are finite (all labels masked?)",
+    "overflow": "its numbers overflowed (loss {loss:.3g}, slope {slope:.3g})",
     "slope": "the tested direction does not descend (slope {slope:.3g})",
     "unresolved": "no step size that lowers the loss {loss:.6g} by more than its precision can show"
     " was accepted (slope {slope:.3g})",

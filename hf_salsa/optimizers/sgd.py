@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from ..rules import Plus, SaLSa, StepSizeRule
 from .base import LineSearchOptimizer
 from .signature import explicit_signature
-from .tensors import LOW_PRECISION, dots
+from .tensors import LOW_PRECISION, dots, moment_dtype
 from .trial_points import Chunk
 from .updates import Update
 
@@ -44,7 +44,7 @@ class LineSearchSGD(LineSearchOptimizer):
         """Return a momentum buffer of 0, in float32 or wider; nothing without momentum."""
         if not group["momentum"]:
             return {}
-        dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+        dtype = moment_dtype(param)
         return {"momentum_buffer": torch.zeros_like(param, dtype=dtype)}
 
     def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:

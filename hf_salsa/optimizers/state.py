@@ -7,8 +7,12 @@ state of the rule, `RunState`, and `lr`, the step size last applied.
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from .tensors import moment_dtype
+from .trial_points import PREVIOUS
 
 Record = TypeVar("Record")
 
@@ -72,26 +76,47 @@ def write(groups: list[dict[str, Any]], *records: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def check_loadable(
-    optimizer: Optimizer, shared_names: list[str], state_dict: dict[str, Any]
-) -> None:
-    """Raise a `ValueError` if a checkpoint is not of this kind of optimizer."""
-    missing = set(shared_names) - state_dict["param_groups"][0].keys()
-    if missing:
-        raise ValueError(
-            f"This checkpoint was not written by {type(optimizer).__name__}: its parameter groups "
-            f"lack {sorted(missing)}. Resume with the optimizer that wrote it."
-        )
+def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
+    """Return the optimizer class whose scalars a saved parameter group holds, or None.
+
+    Of several that fit, that with the most: a rule's state may have held another's names too.
+
+    Args:
+        group: A parameter group of a checkpoint.
+        base: `LineSearchOptimizer`.
+    """
+    found: list[tuple[int, type[Any]]] = []
+    classes = list(base.__subclasses__())
+    for cls in classes:
+        classes += cls.__subclasses__()
+        if "rule_type" in vars(cls):
+            names = {*names_of(cls.rule_type), *names_of(cls.rule_type.state_type), *cls.options}
+            if names <= group.keys():
+                found.append((len(names), cls))
+    return max(found, key=lambda entry: entry[0], default=(0, None))[1]
 
 
-def keep_precision(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give loaded tensors the precision in which they were saved.
+def with_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint in which what torch's optimizers keep as tensors is tensors.
+
+    Some libraries save numbers there, as `step`.
+    """
+    state = {
+        key: {n: v if isinstance(v, Tensor) else torch.tensor(float(v)) for n, v in entry.items()}
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def restore_precision(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give loaded tensors the precision in which they are kept, whatever they were saved in.
 
     `Optimizer.load_state_dict` casts all state to the dtype of the parameter (pytorch #43706).
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    saved = with_tensors(state_dict)["state"]
     for param, saved_id in zip(params, saved_ids, strict=True):
-        for name, value in state_dict["state"].get(saved_id, {}).items():
-            assert isinstance(value, Tensor)
-            optimizer.state[param][name] = value.detach().to(param.device, copy=True)
+        for name, value in saved.get(saved_id, {}).items():
+            dtype = {"step": torch.float32, PREVIOUS: param.dtype}.get(name, moment_dtype(param))
+            optimizer.state[param][name] = value.detach().to(param.device, dtype, copy=True)

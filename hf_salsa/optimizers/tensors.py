@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """Return the type of a parameter's moments: its own, float32 for 16-bit ones."""
+    return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+
+
 def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a `DTensor`."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -55,13 +60,12 @@ def sum_over_shards(columns: list[list[Tensor]], params: list[Tensor]) -> Tensor
     for row, param in enumerate(params):
         layout = (param.device_mesh, param.placements) if is_sharded(param) else None
         rows.setdefault((layout, columns[0][row].device), []).append(row)
-    total = torch.zeros(len(columns), dtype=torch.float64, device=columns[0][0].device)
+    device = columns[0][0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not know
+    total = torch.zeros(len(columns), dtype=dtype, device=device)
     for (layout, _), of_layout in rows.items():
         part = torch.stack(
-            [
-                torch.stack([column[row] for row in of_layout]).sum(dtype=torch.float64)
-                for column in columns
-            ]
+            [torch.stack([column[row] for row in of_layout]).sum(dtype=dtype) for column in columns]
         )
         if layout is not None:
             part = _sum_over_mesh(part, *layout)

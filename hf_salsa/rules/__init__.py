@@ -1,11 +1,12 @@
 """Step-size rules: plain floats, no tensors. `StepSizeRule` says what a rule is."""
 
 from .plus import Plus, PlusState
-from .rule import Line, RuleState, SearchRecord, StepSizeRule, grown, moving_average
+from .rule import Line, Outcome, RuleState, SearchRecord, StepSizeRule, grown, moving_average
 from .salsa import SaLSa, SaLSaState
 
 __all__ = [
     "Line",
+    "Outcome",
     "Plus",
     "PlusState",
     "RuleState",

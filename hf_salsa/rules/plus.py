@@ -150,7 +150,9 @@ class Plus(StepSizeRule[PlusState]):
             state,
             s=moving_average(state.s, line.slope, beta),
             agreement=moving_average(state.agreement, line.agreement, beta),
-            agreement_square=moving_average(state.agreement_square, line.agreement**2, beta),
+            agreement_square=moving_average(
+                state.agreement_square, line.agreement * line.agreement, beta
+            ),
             samples=state.samples + 1,
         )
         over = seen.samples >= _SAMPLES_OF_AN_AVERAGE and not self._agrees(seen)
@@ -166,7 +168,7 @@ class Plus(StepSizeRule[PlusState]):
             return False
         weight = 1 - self.beta3**state.samples
         mean = state.agreement / weight
-        variance = max(0.0, state.agreement_square / weight - mean**2)
+        variance = max(0.0, state.agreement_square / weight - mean * mean)
         # So many samples of equal weight have the variance of an exponential average.
         count = min(state.samples, (1 + self.beta3) / (1 - self.beta3))
         return mean > self.confidence * math.sqrt(variance / count)

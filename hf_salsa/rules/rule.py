@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from ..settings import check_setting
 
-Outcome = Literal["accepted", "slope", "unresolved", "trials"]
+Outcome = Literal["accepted", "loss", "slope", "unresolved", "trials", "overflow"]
 State = TypeVar("State", bound="RuleState")
 
 
@@ -34,7 +34,7 @@ class Line:
             too), for one forward pass. u is 0 where no step is known: before the first one and for
             parameters that are new. Only for rules with `looks_back`.
         agreement: <g_k, p_k>, where -p_k is what earlier gradients put into the step: above 0 where
-            the loss of this mini-batch still falls along them. NaN unless the rule has
+            the loss of this mini-batch still falls along them. 0 unless the rule has
             `wants_agreement`.
     """
 
@@ -43,7 +43,7 @@ class Line:
     slope: float
     resolution: float
     look_back: Callable[[], tuple[float, float]] = _no_last_step
-    agreement: float = math.nan
+    agreement: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class SearchRecord:
         decrease: `loss - trial_loss`.
         slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD.
         trials: Step sizes tried, each one forward pass.
-        outcome: `"accepted"`; or why the search failed: `"slope"` (the tested direction does not
-            descend), `"unresolved"` (the loss's precision cannot show the decrease of any smaller
-            step), `"trials"` (`max_trials` forward passes were not enough).
+        outcome: `"accepted"`; or why the search failed: `"loss"` (f_k(w_k) is not finite),
+            `"slope"` (the tested direction does not descend), `"unresolved"` (the loss's precision
+            cannot show the decrease of any smaller step), `"trials"` (`max_trials` forward passes
+            were not enough), `"overflow"` (an average would no longer be finite).
         interval: L_k, steps until the next search.
     """
 

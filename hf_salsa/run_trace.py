@@ -1,0 +1,86 @@
+"""RunTrace: what the searches of one training run found and cost, for log, plot and card."""
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .objective import unwrap_optimizer
+from .rules import SearchRecord
+
+_MOST_POINTS = 500
+
+
+class RunTrace(TrainerCallback, ExportableState):
+    """Keeps a bounded trace of the searches of the current run, in its checkpoints too.
+
+    Attributes:
+        before: The optimizer's counters when the run began: what earlier runs did.
+        points: (step, step size applied, f_k(w_k)) of searches, evenly thinned out to at most 500.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, int] = {}
+        self.points: list[tuple[int, float, float]] = []
+        self._every = 1  # search is kept
+        self._searches = 0
+        self._latest: SearchRecord | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        kept = {"before": self.before, "points": self.points}
+        return {
+            "args": {},
+            "attributes": kept | {"_every": self._every, "_searches": self._searches},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start anew, or go on where the checkpoint was written."""
+        line_search = unwrap_optimizer(kwargs.get("optimizer"))
+        if line_search is None:
+            return
+        kept: Any = state.stateful_callbacks
+        saved = kept.get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            vars(self).update(saved["attributes"])
+            self.points = [tuple(point) for point in self.points]  # type: ignore[misc]
+        else:
+            self.before = asdict(line_search.counters)
+            self.points, self._every, self._searches = [], 1, 0
+        self._latest = line_search.last_search
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the step if it searched."""
+        line_search = unwrap_optimizer(kwargs.get("optimizer"))
+        record = None if line_search is None else line_search.last_search
+        if line_search is None or record is None or record is self._latest:
+            return
+        self._latest = record
+        if self._searches % self._every == 0:
+            self.points.append((state.global_step + 1, line_search.step_size, record.loss))
+            if len(self.points) > _MOST_POINTS:
+                self.points, self._every = self.points[::2], 2 * self._every
+        self._searches += 1
+
+    def median_step_size(self, last_step: int) -> float | None:
+        """Return the median over the steps of the run of the step size applied; None without any.
+
+        Between two searches the step size is that of the first of them.
+        """
+        ends = [*(step for step, _, _ in self.points[1:]), last_step + 1]
+        spans = [
+            (size, end - step)
+            for (step, size, _), end in zip(self.points, ends, strict=False)
+            if size > 0
+        ]
+        half, covered = sum(span for _, span in spans) / 2, 0
+        for size, span in sorted(spans):
+            covered += span
+            if covered >= half:
+                return size
+        return None
