@@ -29,7 +29,8 @@ class LineSearchAdam(LineSearchOptimizer):
         w_{k+1} = (1 - eta weight_decay) w_k - eta mhat / (sqrt(vhat) + eps)
 
     Args, beside those of `LineSearchOptimizer`:
-        direction: `"gradient"` or `"momentum"`, the direction that is tested.
+        direction: `"gradient"` or `"momentum"`, the direction that is tested. The step is taken
+            along momentum either way; `"momentum"` tests just that step.
         betas: beta1 and beta2, each in [0, 1).
         eps: Added to the denominator, above 0.
         weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
@@ -298,8 +299,7 @@ class SaLSaAdamPlus(LineSearchAdam):
         >>> for batch in loader:
         ...     loss = objective.record(loss_fn, batch)
         ...     loss.backward()
-        ...     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        ...     objective.note_clipping(norm, 1.0)
+        ...     objective.clip_grad_norm_(1.0)
         ...     optimizer.step()
         ...     optimizer.zero_grad()
     """

@@ -100,6 +100,12 @@ class LineSearchOptimizer(Optimizer):
     def set_up(self, params: ParamsT, total_steps: int | None, settings: dict[str, Any]) -> None:
         """Finish the construction; every `__init__` ends here."""
         of_rule = names_of(self.rule_type)
+        of_state = {*names_of(self.rule_type.state_type), *names_of(RunState)}
+        if clash := sorted(of_state & {*of_rule, *self.options}):
+            raise TypeError(
+                f"{clash[0]!r} is a setting and a name of the state of {type(self).__name__}, which "
+                "share one dictionary. Give the state another name."
+            )
         unknown = sorted(settings.keys() - self.options.keys() - set(of_rule))
         if unknown:
             raise TypeError(

@@ -153,8 +153,13 @@ class StepSizeRule(ABC, Generic[State]):
 
     A subclass is a frozen, keyword-only dataclass of settings, with a `search` that returns a new
     state and leaves all else alone. State that it needs beside `RuleState`'s goes into a dataclass
-    of its own, named in `state_type`; the optimizer keeps it in its checkpoints. Settings that
-    `hf_salsa.settings` knows are checked on construction.
+    of its own, `state_type = MyState`; the optimizer keeps it in its checkpoints. Settings that
+    `hf_salsa.settings` knows are checked on construction; to check others, override
+    `__post_init__` and call `super().__post_init__()` first.
+
+    The step size before the first search is `initial_step_size`, most often far too large: a rule
+    that does not backtrack starts with a smaller one, or searches its first step size as `SaLSa`
+    does.
 
     Args:
         initial_step_size: eta_0, where the first search starts, above 0.
@@ -200,9 +205,9 @@ class StepSizeRule(ABC, Generic[State]):
             `state.failed()`.
         """
 
-    @abstractmethod
     def describe(self) -> str:
         """Return how the step size is found, for cards: it completes "a step size that ..."."""
+        return f"a rule finds, {type(self).__name__}. {self.describe_tail()}"
 
     def describe_tail(self) -> str:
         """Return what `cool_down` did, as the start of a sentence."""
