@@ -32,12 +32,7 @@ _SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torc
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # FSDP2 exchanges parameters in forward; hooks and compiled code are the module's own business.
-_MODULE_INTERNALS = (
-    "_parameters",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_compiled_call_impl",
-)
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"_buffers", "training"}
 _UNTOUCHABLE = (nn.Module, nn.Parameter, torch.optim.Optimizer, torch.utils.data.Dataset)
 # Whose objects a trainer holds without their being its own state.
 _LIBRARIES = (
@@ -111,7 +106,7 @@ def attributes(scene: Scene) -> Restore:
     """
     memory = _Memory(scene)
     restores = [
-        memory.of_attributes(name, vars(module), _is_module_state)
+        memory.of_attributes(name, vars(module), lambda _, value: not _is_untouchable(value))
         for name, module in scene.named_modules()
     ]
     if scene.owner is not None:
@@ -158,11 +153,6 @@ def without_trace(scene: Scene) -> Iterator[None]:
         now.restore()
 
 
-def _is_module_state(name: str, value: Any) -> bool:
-    internal = name in _MODULE_INTERNALS or name.endswith("_hooks") or "_hooks_" in name
-    return not internal and not _is_untouchable(value)
-
-
 def _is_owner_state(name: str, value: Any) -> bool:
     """Return whether an attribute of a trainer is its own, not the machinery of a library."""
     library = type(value).__module__.partition(".")[0] in _LIBRARIES
@@ -174,7 +164,9 @@ def _is_owner_state(name: str, value: Any) -> bool:
 
 
 def _is_untouchable(value: Any) -> bool:
-    return isinstance(value, _UNTOUCHABLE) or inspect.isroutine(value) or isinstance(value, type)
+    if type(value) in _CONTAINERS or type(value) is Tensor:  # quick, and the most
+        return False
+    return isinstance(value, (*_UNTOUCHABLE, type)) or inspect.isroutine(value)
 
 
 class _Memory:
@@ -191,7 +183,9 @@ class _Memory:
         plain: dict[str, Any] = {}
         others: dict[str, Restore] = {}
         for key, value in attributes.items():
-            if isinstance(value, _SCALARS):
+            if key in _MODULE_INTERNALS:
+                continue
+            if type(value) in _SCALARS:
                 plain[key] = value
             elif wanted(key, value):
                 others[key] = self.of_value(f"{name}.{key}", value)
@@ -212,10 +206,10 @@ class _Memory:
 
     def of_value(self, name: str, value: Any, depth: int = _DEPTH) -> Restore:
         """Remember a value of any kind."""
-        if isinstance(value, _SCALARS) or _is_untouchable(value):
-            return lambda: value
         if id(value) in self._seen:
             return self._seen[id(value)]
+        if isinstance(value, _SCALARS) or _is_untouchable(value):
+            return lambda: value
         self._seen[id(value)] = lambda: value  # an object that holds itself
         self._seen[id(value)] = restore = self._of_new(name, value, depth)
         return restore
