@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from hf_salsa import OPTIMIZERS
 from hf_salsa.rules import Plus, SaLSa
@@ -99,6 +100,19 @@ class Case:
 
     def make(self, params, **changed):
         return self.cls(params, **{**self.settings, **changed})
+
+    def torchs_own(self, params, weight_decay):
+        """The torch optimizer whose step this one takes; torch's SGD has no decoupled decay."""
+        plain = all(p.is_contiguous() and not p.is_complex() for p in params)
+        kernel = {"fused": plain, "foreach": not plain}
+        if self.adam:
+            return torch.optim.AdamW(params, weight_decay=weight_decay, **kernel)
+        momentum = 0.9 if self.has_momentum else 0.0
+        rival = torch.optim.SGD(params, momentum=momentum, **kernel)
+        if momentum:
+            for param in params:  # the fused kernel fails where a gradient comes late
+                rival.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        return rival
 
     def settle(self, optimizer, interval):
         """Go on as if the step size had been at rest for long: searches grow rare."""

@@ -1,10 +1,13 @@
 """Small models, data and losses, functions that are hard for a line search, and comparisons."""
 
 import copy
+import io
 import math
+import pickle
 from dataclasses import dataclass, field
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -80,14 +83,19 @@ def square(params):
     return sum(p.square().sum() for p in params)
 
 
+def search_every(optimizer, interval):
+    for group in optimizer.param_groups:
+        group["search_interval"] = interval
+
+
 def point(*values, dtype=torch.float64):
     return nn.Parameter(torch.tensor(values, dtype=dtype))
 
 
-def regression(bias=True):
-    """A linear regression on 8 examples: the model, and the loss on the mini-batch of a step."""
+def regression():
+    """A linear regression: the model, and the loss on the mini-batch of each of 8 steps."""
     torch.manual_seed(0)
-    model = nn.Linear(3, 1, bias=bias)
+    model = nn.Linear(3, 1)
     inputs = torch.randn(8, 8, 3, generator=torch.Generator().manual_seed(0))
     return model, lambda step: (model(inputs[step]) - 1).square().mean()
 
@@ -136,6 +144,32 @@ def spoil(params, cause):
         return lambda: torch.tensor(math.nan), None
     params[1].grad[3] = float(cause.removesuffix(" gradient"))
     return loss_fn, loss
+
+
+# --- what a run is continued with: parameters and optimizer -------------------------------------
+
+
+def saved_and_loaded(make, params, optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    params = [nn.Parameter(w) for w in clones(params)]
+    fresh = make(params, initial_step_size=123.0)  # what is loaded must prevail
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return params, fresh
+
+
+def deepcopied(make, params, optimizer):
+    return copy.deepcopy((params, optimizer))
+
+
+def pickled(make, params, optimizer):
+    return pickle.loads(pickle.dumps((params, optimizer)))
+
+
+each_way_of_carrying_over = pytest.mark.parametrize(
+    "carry_over", [saved_and_loaded, deepcopied, pickled]
+)
 
 
 # --- hard functions of plain floats: x -> value, gradient ---------------------------------------
