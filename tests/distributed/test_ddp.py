@@ -3,7 +3,7 @@
 import pytest
 from launching import configuration, launch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # Processes -> (batch, accumulation) with 8 examples in an update.
 EQUIVALENT = {1: [(8, 1), (4, 2), (1, 8)], 2: [(4, 1), (2, 2), (1, 4)]}

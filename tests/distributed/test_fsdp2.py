@@ -3,7 +3,7 @@
 import pytest
 from launching import configuration, launch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 BLOCKS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
 
