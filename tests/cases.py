@@ -142,6 +142,7 @@ CASES = [
     Case("salsa_sgd", note="without momentum"),
     Case("sls_adam", variants=PAPER),
     Case("sls_sgd", MOMENTUM, PAPER),
+    Case("sls_sgd", note="without momentum"),
     Case("salsa_adam_plus", NO_TAIL, PLUS),
     Case("salsa_sgd_plus", NO_TAIL, PLUS),
 ]
