@@ -249,7 +249,7 @@ class LineSearchOptimizer(Optimizer):
         Raises:
             ValueError: The checkpoint is not of a line-search optimizer.
         """
-        check_loadable(self, self._shared_names(), state_dict)
+        check_loadable(self, [*self._shared_names(), *self.options], state_dict)
         super().load_state_dict(state_dict)
         self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
         keep_precision(self, state_dict)
@@ -387,9 +387,10 @@ class LineSearchOptimizer(Optimizer):
                 loss=start,
                 slope=slope / clip_factor,
                 resolution=_epsilon(loss, chunks) * abs(start),
-                look_back=look_back,
                 agreement=agreement[0] / clip_factor if agreement else math.nan,
             )
+            if rule.looks_back:
+                line = replace(line, look_back=look_back)
             record, searched = rule.search(state, line)
         torch.clear_autocast_cache()
         self._last_search = record
@@ -465,7 +466,8 @@ class LineSearchOptimizer(Optimizer):
         """Remember w_k for a search at the coming step, which looks back to it."""
         for group in self.param_groups:
             for param in group["params"]:
-                self._state_of(param, group)[PREVIOUS].copy_(param)
+                if param.requires_grad:
+                    self._state_of(param, group)[PREVIOUS].copy_(param)
 
     def _read(self) -> tuple[RuleState, RunState]:
         group = self.param_groups[0]

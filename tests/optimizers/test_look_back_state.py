@@ -240,7 +240,6 @@ def test_groups_hold_its_state_and_settings(cls):
 
 
 @both_kinds
-@pytest.mark.xfail(reason="weights are kept of every parameter, and moments are made with them")
 def test_frozen_parameters_are_not_kept(cls):
     """They do not move; a copy and two moments of a large frozen body are not affordable."""
     params = parameters()
@@ -252,7 +251,6 @@ def test_frozen_parameters_are_not_kept(cls):
 
 
 @both_kinds
-@pytest.mark.xfail(raises=KeyError, reason="the optimizer's own line cannot say what is missing")
 def test_a_rule_that_forgot_to_say_that_it_looks_back_is_told(cls):
     class Forgetful(cls.__base__):
         rule_type = type("Forgetful", (LookBack,), {"looks_back": False})

@@ -120,7 +120,6 @@ def test_checkpoints_of_other_rules_are_refused(case):
                 case.make(params).load_state_dict(other.make(params).state_dict())
 
 
-@pytest.mark.xfail(reason="Adam's state loads into SGD, whose next step then fails")
 @each([case for case in CASES if not case.adam])
 def test_checkpoints_of_other_directions_are_refused(case):
     params = parameters()

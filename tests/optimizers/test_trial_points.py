@@ -304,7 +304,6 @@ def test_an_exception_in_a_trial_leaves_everything_as_it_was(case, steps_before,
     assert same(clones(params), clones(undisturbed))
 
 
-@pytest.mark.xfail(raises=KeyError, reason="SGD without momentum has no buffer to compare with")
 def test_without_momentum_there_is_no_agreement():
     """Earlier gradients put nothing into the direction: <g_k, 0>."""
     seen = []
