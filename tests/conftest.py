@@ -1,12 +1,12 @@
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub must fail
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
 from transformers import (
@@ -18,7 +18,9 @@ from transformers import (
 )
 
 torch.set_num_threads(1)  # tiny models: threads only cost
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+# The same examples in every run, however slow the machine.
+hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("reproducible")
 
 SCRIPT_FLAGS = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2"]
 

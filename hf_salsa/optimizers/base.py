@@ -103,8 +103,8 @@ class LineSearchOptimizer(Optimizer):
         of_state = {*names_of(self.rule_type.state_type), *names_of(RunState)}
         if clash := sorted(of_state & {*of_rule, *self.options}):
             raise TypeError(
-                f"{clash[0]!r} is a setting and a name of the state of {type(self).__name__}, which "
-                "share one dictionary. Give the state another name."
+                f"{clash[0]!r} is a setting and a name of the state of {type(self).__name__}; both "
+                "are kept in one dictionary. Give the state another name."
             )
         unknown = sorted(settings.keys() - self.options.keys() - set(of_rule))
         if unknown:
@@ -429,15 +429,16 @@ class LineSearchOptimizer(Optimizer):
             slope = unclipped(points.undo_last_step())
             return float(evaluate()), slope
 
-        slope, *agreement = points.first(self.rule.first_trial(state), self._measure)
-        return Line(
+        rule = self.rule
+        slope, *agreement = points.first(rule.first_trial(state), self._measure)
+        line = Line(
             loss_at,
             loss=loss,
             slope=unclipped(slope),
             resolution=epsilon * abs(loss),
-            look_back=look_back,
             agreement=unclipped(agreement[0]) if agreement else 0.0,
         )
+        return replace(line, look_back=look_back) if rule.looks_back else line
 
     @staticmethod
     def _no_search(
@@ -567,7 +568,8 @@ class LineSearchOptimizer(Optimizer):
         """Remember w_k for a search at the coming step, which looks back to it."""
         for group in self.param_groups:
             for param in group["params"]:
-                self._state_of(param, group)[PREVIOUS].copy_(param)
+                if param.requires_grad:
+                    self._state_of(param, group)[PREVIOUS].copy_(param)
 
     def _read(self) -> tuple[RuleState, RunState]:
         group = self.param_groups[0]

@@ -48,7 +48,9 @@ class LineSearchSGD(LineSearchOptimizer):
         return {"momentum_buffer": torch.zeros_like(param, dtype=dtype)}
 
     def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return -d_k, and <g_k, p_k>, p_k = momentum u_{k-1}."""
+        """Return -d_k, and <g_k, p_k>, p_k = momentum u_{k-1}: 0 without momentum."""
+        if not chunk.group["momentum"]:
+            return self.direction(chunk), [g.new_zeros(()) for g in chunk.grads]
         buffers = chunk.states["momentum_buffer"]
         earlier = list(torch._foreach_mul(buffers, chunk.group["momentum"]))  # p_k
         return self.direction(chunk), dots(chunk.grads, earlier)

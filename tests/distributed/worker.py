@@ -1,6 +1,6 @@
 """Trains tiny models under whatever launcher started it, and writes what came out, per rank.
 
-Usage: distributed_worker.py OUT_DIR CONFIGURATIONS (a JSON list of dictionaries)
+Usage: worker.py OUT_DIR CONFIGURATIONS (a JSON list of dictionaries)
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from hf_salsa import BatchObjective, SaLSaSGD, SaLSaTrainer, SaLSaTrainingArguments
-from hf_salsa.objective import unwrap_optimizer
 
 torch.set_num_threads(1)
 
@@ -105,7 +104,7 @@ def plain_loop(configuration: dict) -> dict:
     return {
         "world_size": accelerator.num_processes,
         "rank": accelerator.process_index,
-        "step_size": optimizer.optimizer.step_size,
+        "step_size": objective.line_search.step_size,
         "weights": [p.tolist() for p in net.parameters()],
         "buffers": [b.tolist() for b in net.buffers()],
     }
@@ -145,7 +144,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
     trainer = SaLSaTrainer(model, args, train_dataset=make_data(configuration["model"]))
     all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
-    optimizer = unwrap_optimizer(trainer.optimizer)
+    optimizer = trainer.line_search
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in parameters])
     buffers = [b.double().flatten() for b in model.buffers()]
