@@ -31,7 +31,8 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from run_glue import (
+from support.command_line import ScriptArgumentParser, UsageError, check_processes
+from support.glue import (
     DEFAULT_MODEL,
     EMBEDDED_NOTICE,
     DataArguments,
@@ -44,7 +45,7 @@ from run_glue import (
     metric_config,
     tokenize,
 )
-from script_utils import ScriptArgumentParser, UsageError, check_processes, prepare_output_dir
+from support.runs import prepare_output_dir
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
