@@ -36,34 +36,9 @@ whose tokenizers differ.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser, UsageError, check_processes
-from support.runs import (
-    evaluation_at_start,
-    prepare_output_dir,
-    print_closing_report,
-    train_and_evaluate,
-)
-from support.text import (
-    BYTES,
-    DEFAULT_VOCAB_SIZE,
-    EMBEDDED_NAME,
-    EMBEDDED_NOTICE,
-    LONGEST_DEFAULT_BLOCK,
-    SMALL_BLOCK,
-    DataArguments,
-    LanguageModelTrainer,
-    ModelArguments,
-    card_settings,
-    load_model_and_tokenizer,
-    load_texts,
-    make_blocks,
-    make_model,
-    make_tokenizer,
-    sample_text,
-    select,
-)
+from support import runs, text
+from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser, check_processes
 from transformers import default_data_collator, set_seed
 
 from hf_salsa import SaLSaTrainingArguments
@@ -74,60 +49,36 @@ DEFAULTS = {
     "num_train_epochs": 8.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
+    # Parse
     parser = ScriptArgumentParser(
-        (ModelArguments, DataArguments, SaLSaTrainingArguments), __file__, __doc__, **DEFAULTS
+        (text.ModelArguments, text.DataArguments, SaLSaTrainingArguments),
+        __file__,
+        __doc__,
+        **DEFAULTS,
     )
     model_args, data_args, training_args = parser.parse(argv)
-    embedded = not data_args.train_file and not data_args.dataset_name
-    name = data_args.dataset_name or Path(data_args.train_file or EMBEDDED_NAME).name
+
+    # Load
     with parser.user_errors():
         check_processes(training_args.world_size)
-        train_text, validation_text = load_texts(data_args)
-    set_seed(training_args.seed)
-    if model_args.model_name_or_path:
-        with parser.user_errors():
-            model, tokenizer = load_model_and_tokenizer(model_args.model_name_or_path)
-        positions = model.config.max_position_embeddings
-        block_size = model_args.block_size or min(positions, LONGEST_DEFAULT_BLOCK)
-    else:
-        vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
-        tokenizer = make_tokenizer(
-            train_text, BYTES if model_args.tokenizer == "bytes" else vocab_size
-        )
-        block_size = model_args.block_size or SMALL_BLOCK
-        with parser.user_errors():
-            model = make_model(len(tokenizer), block_size, model_args.overrides)
-        positions = tokenizer.model_max_length = model.config.n_positions
-    # Trainer counts the predicted tokens of an update by this, which GPT-2's class leaves unset.
-    model.loss_type = "ForCausalLM"
-    with parser.user_errors():
-        if block_size > positions:
-            raise UsageError(f"block_size {block_size} exceeds the model's {positions} positions")
-        train = make_blocks(train_text, tokenizer, block_size, "the training text")
-        validation = make_blocks(validation_text, tokenizer, block_size, "the held-out text")
+        train_text, validation_text = text.load_texts(data_args)
+        set_seed(training_args.seed)
+        model, tokenizer, block_size = text.model_and_tokenizer(model_args, train_text)
+        train = text.make_blocks(train_text, tokenizer, block_size, "the training text")
+        validation = text.make_blocks(validation_text, tokenizer, block_size, "the held-out text")
         # After all else that may be wrong: it deletes an earlier run.
-        checkpoint = prepare_output_dir(training_args, data_args.overwrite_output_dir)
+        checkpoint = runs.prepare_output_dir(training_args, data_args.overwrite_output_dir)
     if training_args.process_index == 0:
-        if embedded:
-            print(EMBEDDED_NOTICE)
-        print(
-            f"Data: {name}, train {len(train.dataset)}, validation {len(validation.dataset)} "
-            f"blocks of {block_size} tokens; {validation.characters_per_token:.2f} characters a "
-            "token."
-        )
-        print(
-            f"Model: {model_args.model_name_or_path or 'a GPT-2 from scratch'}, "
-            f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens."
-        )
+        print(text.describe(data_args, train, validation, model, tokenizer))
+
+    # Train
     with parser.user_errors(ValueError):  # a set-up in which a line search comes out wrong
-        trainer = LanguageModelTrainer(
+        trainer = text.LanguageModelTrainer(
             model=model,
             args=training_args,
             train_dataset=train.dataset,
@@ -136,18 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             processing_class=tokenizer,
             characters_per_token=validation.characters_per_token,
         )
+    train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
-    trainer.create_model_card(**card_settings(data_args, name))
-
-    if embedded and training_args.world_size == 1:
-        print(f"\nA sample: {sample_text(model, tokenizer, min(60, positions - 1))}")
-    print_closing_report(
-        trainer,
-        train_metrics,
-        before=select(evaluation_at_start(trainer)),
-        after=select(metrics),
-    )
+    # Save: the model and the metrics are, the card remains
+    trainer.create_model_card(**text.card_settings(data_args))
+    if text.is_embedded(data_args) and training_args.world_size == 1:
+        print(f"\nA sample: {text.sample_text(model, tokenizer)}")
+    runs.print_closing_report(trainer, train_metrics, metrics, text.METRICS)
 
 
 if __name__ == "__main__":

@@ -25,30 +25,8 @@ checkpoint after each epoch.
 
 from collections.abc import Sequence
 
+from support import glue, runs
 from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser, check_processes
-from support.glue import (
-    DEFAULT_MODEL,
-    EMBEDDED_NOTICE,
-    DataArguments,
-    ModelArguments,
-    card_settings,
-    data_name,
-    load_data,
-    load_model_and_tokenizer,
-    make_compute_metrics,
-    make_model_and_tokenizer,
-    metric_config,
-    select,
-    tokenize,
-    validation_sets,
-)
-from support.glue_metric import METRIC_NAMES
-from support.runs import (
-    evaluation_at_start,
-    prepare_output_dir,
-    print_closing_report,
-    train_and_evaluate,
-)
 from transformers import DataCollatorWithPadding, set_seed
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
@@ -59,63 +37,49 @@ DEFAULTS = {
     "num_train_epochs": 5.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
+    # Parse
     parser = ScriptArgumentParser(
-        (ModelArguments, DataArguments, SaLSaTrainingArguments), __file__, __doc__, **DEFAULTS
+        (glue.ModelArguments, glue.DataArguments, SaLSaTrainingArguments),
+        __file__,
+        __doc__,
+        **DEFAULTS,
     )
     model_args, data_args, training_args = parser.parse(argv)
+
+    # Load
     with parser.user_errors():
         check_processes(training_args.world_size)
-        data = load_data(data_args)
-    embedded = not data_args.task_name and not data_args.train_file
-    model_name = model_args.model_name_or_path or (None if embedded else DEFAULT_MODEL)
-    set_seed(training_args.seed)
-    if model_name is None:
-        model, tokenizer = make_model_and_tokenizer(data)
-    else:
-        with parser.user_errors():
-            model, tokenizer = load_model_and_tokenizer(model_name, data)
-    with parser.user_errors():  # after all else that may be wrong: it deletes an earlier run
-        checkpoint = prepare_output_dir(training_args, data_args.overwrite_output_dir)
+        data = glue.load_data(data_args)
+        set_seed(training_args.seed)
+        model, tokenizer = glue.model_and_tokenizer(model_args, data_args, data)
+        # After all else that may be wrong: it deletes an earlier run.
+        checkpoint = runs.prepare_output_dir(training_args, data_args.overwrite_output_dir)
     if training_args.process_index == 0:
-        if embedded:
-            print(EMBEDDED_NOTICE)
-        sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in data.items())
-        print(f"Data: {data_name(data_args)}, {sizes} examples.")
-        print(
-            f"Model: {model_name or 'a small BERT from scratch'}, "
-            f"{model.num_parameters():,} parameters."
-        )
-    max_length = min(model_args.max_seq_length, tokenizer.model_max_length)
-    tokenized = tokenize(data, tokenizer, max_length)
-    config_name = metric_config(data, data_args.task_name)
+        print(glue.describe(data_args, data, model))
+    tokenized = glue.tokenize(data, tokenizer, model_args.max_seq_length)
+    metric = glue.metric_config(data, data_args.task_name)
+
+    # Train
     with parser.user_errors(ValueError):  # a set-up in which a line search comes out wrong
         trainer = SaLSaTrainer(
             model=model,
             args=training_args,
             train_dataset=tokenized["train"],
-            eval_dataset=validation_sets(tokenized),
+            eval_dataset=glue.validation_sets(tokenized),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
-            compute_metrics=make_compute_metrics(config_name),
+            compute_metrics=glue.make_compute_metrics(metric),
         )
+    train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
-    trainer.create_model_card(**card_settings(data_args))
-
-    shown = ("loss", *METRIC_NAMES[config_name])
-    print_closing_report(
-        trainer,
-        train_metrics,
-        before=select(evaluation_at_start(trainer), shown),
-        after=select(metrics, shown),
-    )
+    # Save: the model and the metrics are, the card remains
+    trainer.create_model_card(**glue.card_settings(data_args))
+    runs.print_closing_report(trainer, train_metrics, metrics, glue.metric_names(data, metric))
 
 
 if __name__ == "__main__":

@@ -37,30 +37,8 @@ in the middle.
 
 from collections.abc import Sequence
 
+from support import images, images_data, images_models, runs
 from support.command_line import COMMON_DEFAULTS, check_processes
-from support.images import EpochCallback, make_examples, make_processor, size_of
-from support.images_data import (
-    EMBEDDED_NOTICE,
-    DataArguments,
-    card_settings,
-    data_name,
-    is_embedded,
-    load_data,
-)
-from support.images_models import (
-    ModelArguments,
-    PresetArgumentParser,
-    compute_metrics,
-    load_model_and_processor,
-    make_model,
-    select,
-)
-from support.runs import (
-    evaluation_at_start,
-    prepare_output_dir,
-    print_closing_report,
-    train_and_evaluate,
-)
 from transformers import set_seed
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
@@ -71,47 +49,35 @@ DEFAULTS = {
     "num_train_epochs": 20.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 256,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
-    parser = PresetArgumentParser(
-        (ModelArguments, DataArguments, SaLSaTrainingArguments), __file__, __doc__, **DEFAULTS
+    # Parse
+    parser = images_models.PresetArgumentParser(
+        (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments),
+        __file__,
+        __doc__,
+        **DEFAULTS,
     )
     model_args, data_args, training_args = parser.parse(argv)
-    name = model_args.model_name_or_path
+
+    # Load
     with parser.user_errors():
         check_processes(training_args.world_size)
-        data = load_data(data_args)
-        label = data["train"].features["label"]
+        data = images_data.load_data(data_args)
         set_seed(training_args.seed)
-        if name:
-            model, processor = load_model_and_processor(name, label, model_args.image_size)
-        else:
-            architecture = model_args.architecture or (
-                "resnet_small" if is_embedded(data_args) else "resnet34"
-            )
-            name = f"{architecture} from scratch"
-            processor = make_processor(data, model_args.image_size)
-            model = make_model(architecture, label, size_of(processor))
+        model, processor = images_models.model_and_processor(model_args, data_args, data)
         # After all else that may be wrong: it deletes an earlier run.
-        checkpoint = prepare_output_dir(training_args, data_args.overwrite_output_dir)
+        checkpoint = runs.prepare_output_dir(training_args, data_args.overwrite_output_dir)
     if training_args.process_index == 0:
-        if is_embedded(data_args):
-            print(EMBEDDED_NOTICE)
-        sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in data.items())
-        size = size_of(processor)
-        print(
-            f"Data: {data_name(data_args)}, {sizes} images of {label.num_classes} classes, "
-            f"{size} x {size} pixels."
-        )
-        print(f"Model: {name}, {model.num_parameters():,} parameters.")
-    train, validation = make_examples(
+        print(images_models.describe(model_args, data_args, data, model, processor))
+    train, validation = images.make_examples(
         data, processor, data_args.horizontal_flip, training_args.seed
     )
+
+    # Train
     with parser.user_errors(ValueError):  # a set-up in which a line search comes out wrong
         trainer = SaLSaTrainer(
             model=model,
@@ -119,20 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_dataset=train,
             eval_dataset=validation,
             processing_class=processor,
-            compute_metrics=compute_metrics,
-            callbacks=[EpochCallback(train)],
+            compute_metrics=images_models.compute_metrics,
+            callbacks=[images.EpochCallback(train)],
         )
-
     with parser.user_errors():  # images are read while it trains
-        train_metrics, metrics = train_and_evaluate(trainer, checkpoint)
-    trainer.create_model_card(**card_settings(data_args))
+        train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    print_closing_report(
-        trainer,
-        train_metrics,
-        before=select(evaluation_at_start(trainer)),
-        after=select(metrics),
-    )
+    # Save: the model and the metrics are, the card remains
+    trainer.create_model_card(**images_data.card_settings(data_args))
+    runs.print_closing_report(trainer, train_metrics, metrics, images_models.METRICS)
 
 
 if __name__ == "__main__":

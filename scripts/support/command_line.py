@@ -3,7 +3,6 @@
 A mistake of the user is one line `script.py: error: ...` and exit status 2, never a traceback.
 """
 
-import dataclasses
 import difflib
 import json
 import os
@@ -11,6 +10,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,8 @@ from transformers import HfArgumentParser
 
 COMMON_DEFAULTS = {  # where the scripts differ from SaLSaTrainingArguments
     "eval_on_start": True,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
     "report_to": "none",
     "save_total_limit": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),  # a CPU run would warn of it
@@ -71,12 +73,8 @@ class ScriptArgumentParser(HfArgumentParser):
             )
             if unknown:
                 name = unknown[0].split("=")[0]
-                known = [
-                    f"--{e.name}" for cls in self.dataclass_types for e in dataclasses.fields(cls)
-                ]
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {close[0]}?" if close else ""
-                raise UsageError(f"unknown argument {name}.{hint}")
+                known = [f"--{e.name}" for cls in self.dataclass_types for e in fields(cls)]
+                raise UsageError(f"unknown argument {name}.{did_you_mean(name, known)}")
         return tuple(filled)
 
     @contextmanager
@@ -116,6 +114,23 @@ def _flags_of_file(path: Path) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return a question for the name that is closest to a misspelt one; empty if none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def overwrite_flag() -> Any:
+    """Return the field `overwrite_output_dir` of a dataclass of arguments."""
+    return field(
+        default=False,
+        metadata={
+            "help": "Delete the checkpoints and results of an earlier run in output_dir. Without "
+            "effect when it is resumed."
+        },
+    )
 
 
 def check_processes(world_size: int) -> None:

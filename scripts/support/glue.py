@@ -1,10 +1,8 @@
 """The tasks of GLUE and sentences of one's own: arguments, data, models, metrics."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import torch
@@ -22,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from support.command_line import UsageError, check_sample_limits
+from support.command_line import UsageError, check_sample_limits, overwrite_flag
 from support.embedded_data import bigram_shift_pairs
 from support.glue_metric import METRIC_NAMES, GlueMetric
-from support.tables import position_of, read_delimited, read_own, to_dataset, to_float
+from support.glue_tasks import TASKS
+from support.tables import load_own_files, position_of, read_delimited, to_dataset
 
 BIGRAM_LABELS = ("original", "shifted")
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -34,68 +33,6 @@ EMBEDDED_NOTICE = (
     "own documentation against the same sentences with two neighbouring words swapped."
 )
 HUB_DATASET = "nyu-mll/glue"
-
-
-class GlueTask(NamedTuple):
-    """Where a task's columns are in GLUE's own files and in the copy on the hub."""
-
-    folder: str
-    text_columns: tuple[str, ...]
-    label_column: str
-    labels: tuple[str, ...] | None  # their names in GLUE's order; None: a number
-    hub_text_columns: tuple[str, ...]
-    file_labels: tuple[str, ...] | None = None  # as the files spell them, if not by name
-    header: tuple[str, ...] | None = None  # where the files have none
-    validation_suffixes: tuple[str, ...] = ("",)  # of dev<suffix>.tsv and validation<suffix>
-
-
-_ZERO_ONE = ("0", "1")
-_ENTAILMENT = ("entailment", "not_entailment")
-_PAIR = ("sentence1", "sentence2")
-TASKS = {
-    "cola": GlueTask(
-        "CoLA",
-        ("sentence",),
-        "label",
-        ("unacceptable", "acceptable"),
-        ("sentence",),
-        _ZERO_ONE,
-        header=("source", "label", "star", "sentence"),
-    ),
-    "sst2": GlueTask(
-        "SST-2", ("sentence",), "label", ("negative", "positive"), ("sentence",), _ZERO_ONE
-    ),
-    "mrpc": GlueTask(
-        "MRPC",
-        ("#1 String", "#2 String"),
-        "Quality",
-        ("not_equivalent", "equivalent"),
-        _PAIR,
-        _ZERO_ONE,
-    ),
-    "stsb": GlueTask("STS-B", _PAIR, "score", None, _PAIR),
-    "qqp": GlueTask(
-        "QQP",
-        ("question1", "question2"),
-        "is_duplicate",
-        ("not_duplicate", "duplicate"),
-        ("question1", "question2"),
-        _ZERO_ONE,
-    ),
-    "mnli": GlueTask(
-        "MNLI",
-        _PAIR,
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        ("premise", "hypothesis"),
-        validation_suffixes=("_matched", "_mismatched"),
-    ),
-    "qnli": GlueTask(
-        "QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("question", "sentence")
-    ),
-    "rte": GlueTask("RTE", _PAIR, "label", _ENTAILMENT, _PAIR),
-    "wnli": GlueTask("WNLI", _PAIR, "label", ("not_entailment", "entailment"), _PAIR, _ZERO_ONE),
-}
 
 
 @dataclass
@@ -159,13 +96,7 @@ class DataArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on the first so many examples only."}
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Delete the checkpoints and results of an earlier run in output_dir. Without "
-            "effect when it is resumed."
-        },
-    )
+    overwrite_output_dir: bool = overwrite_flag()
 
     def __post_init__(self) -> None:
         if self.task_name is not None and self.task_name not in TASKS:
@@ -181,6 +112,11 @@ class DataArguments:
         if self.text_columns and len(self.text_columns) > 2:
             raise ValueError(f"text_columns takes one or two columns, got {self.text_columns}")
         check_sample_limits(self)
+
+
+def is_embedded(args: DataArguments) -> bool:
+    """Return whether no data was given."""
+    return not args.task_name and not args.train_file
 
 
 # Every loader below returns the splits train and validation (MNLI: validation_matched and
@@ -253,40 +189,6 @@ def load_glue_from_hub(task_name: str) -> DatasetDict:
     )
 
 
-def load_own_files(
-    train_file: str,
-    validation_file: str,
-    text_columns: Sequence[str] | None = None,
-    label_column: str = "label",
-) -> DatasetDict:
-    """Return the data in two files of the user's."""
-    tables = {"train": read_own(train_file), "validation": read_own(validation_file)}
-    train = tables["train"]
-    if text_columns is None:
-        text_columns = ["sentence1", "sentence2"] if "sentence1" in train.columns else ["sentence"]
-    label_position = position_of(train, label_column)
-    labels = {row.values[label_position] for row in train.rows}
-    integers = all(re.fullmatch(r"[+-]?\d+", text) for text in labels)
-    if not integers and all(to_float(text) is not None for text in labels):
-        names = label_ids = None  # regression
-    else:
-        names = sorted(labels, key=int if integers else None)
-        label_ids = {text: i for i, text in enumerate(names)}
-        if len(names) == 1:
-            raise UsageError(f"{train_file}: every label is {names[0]!r}, nothing to tell apart")
-    splits = {}
-    for split, table in tables.items():
-        needed = [position_of(table, name) for name in (*text_columns, label_column)]
-        for row in table.rows:
-            for position in needed:
-                if not row.values[position]:
-                    raise UsageError(
-                        f"{table.path}, line {row.line}: no value for {table.columns[position]!r}"
-                    )
-        splits[split] = to_dataset(table, needed, label_ids, names)
-    return DatasetDict(splits)
-
-
 def load_embedded_data() -> DatasetDict:
     """Return the bigram-shift probe on the prose of Python's documentation."""
     features = Features(
@@ -313,12 +215,16 @@ def is_regression(data: DatasetDict) -> bool:
 def tokenize(
     data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> DatasetDict:
-    """Replace the text columns by the tokenizer's, cut off at `max_seq_length` tokens."""
+    """Replace the text columns by the tokenizer's, cut off at `max_seq_length` tokens.
+
+    Or where the model's positions end, if that is before.
+    """
+    max_length = min(max_seq_length, tokenizer.model_max_length)
     text_columns = [name for name in ("sentence1", "sentence2") if name in data["train"].features]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [batch[name] for name in text_columns]
-        return tokenizer(*texts, truncation=True, max_length=max_seq_length)
+        return tokenizer(*texts, truncation=True, max_length=max_length)
 
     return data.map(encode, batched=True, remove_columns=text_columns)
 
@@ -332,6 +238,15 @@ def validation_sets(data: DatasetDict) -> Dataset | dict[str, Dataset]:
         for split, dataset in data.items()
         if split != "train"
     }
+
+
+def model_and_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments, data: DatasetDict
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model that the arguments ask for, and its tokenizer."""
+    if model_args.model_name_or_path is None and is_embedded(data_args):
+        return make_model_and_tokenizer(data)
+    return load_model_and_tokenizer(model_args.model_name_or_path or DEFAULT_MODEL, data)
 
 
 def load_model_and_tokenizer(
@@ -434,6 +349,14 @@ def metric_config(data: DatasetDict, task_name: str | None) -> str:
     return task_name or ("regression" if is_regression(data) else "classification")
 
 
+def metric_names(data: DatasetDict, config_name: str) -> list[str]:
+    """Return what an evaluation reports: the loss and the metrics, of MNLI for each of its sets."""
+    sets = validation_sets(data)
+    prefixes = [f"{name}_" for name in sets] if isinstance(sets, dict) else [""]
+    names = ("loss", *METRIC_NAMES[config_name])
+    return [f"{prefix}{name}" for prefix in prefixes for name in names]
+
+
 def data_name(args: DataArguments) -> str:
     """Return what people call the data that `args` ask for."""
     if args.task_name:
@@ -453,7 +376,12 @@ def card_settings(args: DataArguments) -> dict[str, str]:
     return settings
 
 
-def select(metrics: dict[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the metrics with these names (of MNLI: with its two sets before them)."""
-    without_prefix = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    return {key: value for key, value in without_prefix.items() if key.endswith(tuple(names))}
+def describe(args: DataArguments, data: DatasetDict, model: PreTrainedModel) -> str:
+    """Return the lines that say what is about to be trained on what."""
+    sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in data.items())
+    lines = [
+        f"Data: {data_name(args)}, {sizes} examples.",
+        f"Model: {model.name_or_path or 'a small BERT from scratch'}, "
+        f"{model.num_parameters():,} parameters.",
+    ]
+    return "\n".join([EMBEDDED_NOTICE, *lines] if is_embedded(args) else lines)

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from support.command_line import UsageError, check_sample_limits
+from support.command_line import UsageError, check_sample_limits, overwrite_flag
 
 EMBEDDED_NAME = "handwritten digits"
 EMBEDDED_NOTICE = (
@@ -60,13 +60,7 @@ class DataArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on so many examples only, drawn at random."}
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Delete the checkpoints and results of an earlier run in output_dir. Without "
-            "effect when it is resumed."
-        },
-    )
+    overwrite_output_dir: bool = overwrite_flag()
 
     def __post_init__(self) -> None:
         if self.image_dir and self.dataset_name:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, DatasetDict
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +24,8 @@ from transformers import (
 from transformers.image_utils import SizeDict
 
 from support.command_line import ScriptArgumentParser, UsageError
-from support.images import LARGE_SIZE, SMALL
+from support.images import LARGE_SIZE, SMALL, make_processor, size_of
+from support.images_data import EMBEDDED_NOTICE, DataArguments, data_name, is_embedded
 
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet34_cifar10": {
@@ -58,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "per_device_eval_batch_size": 64,
     },
 }
+METRICS = ("loss", "accuracy")
 # A flag, and the settings of a preset that make no sense beside it.
 SUPERSEDED = {
     "model_name_or_path": ("architecture",),
@@ -170,6 +172,24 @@ def _head(label: ClassLabel) -> dict[str, Any]:
     }
 
 
+def _architecture(model_args: ModelArguments, data_args: DataArguments) -> str:
+    default = "resnet_small" if is_embedded(data_args) else "resnet34"
+    return model_args.architecture or default
+
+
+def model_and_processor(
+    model_args: ModelArguments, data_args: DataArguments, data: DatasetDict
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Return the model that the arguments ask for, and its image processor."""
+    label = data["train"].features["label"]
+    size = model_args.image_size
+    if model_args.model_name_or_path:
+        return load_model_and_processor(model_args.model_name_or_path, label, size)
+    processor = make_processor(data, size)
+    model = make_model(_architecture(model_args, data_args), label, size_of(processor))
+    return model, processor
+
+
 def make_model(architecture: str, label: ClassLabel, image_size: int) -> PreTrainedModel:
     """Return a model with random weights.
 
@@ -235,8 +255,21 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-METRICS = ("loss", "accuracy")
-
-
-def select(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: metrics[f"eval_{name}"] for name in METRICS if f"eval_{name}" in metrics}
+def describe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    data: DatasetDict,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+) -> str:
+    """Return the lines that say what is about to be trained on what."""
+    sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in data.items())
+    classes = data["train"].features["label"].num_classes
+    size = size_of(processor)
+    name = model.name_or_path or f"{_architecture(model_args, data_args)} from scratch"
+    lines = [
+        f"Data: {data_name(data_args)}, {sizes} images of {classes} classes, "
+        f"{size} x {size} pixels.",
+        f"Model: {name}, {model.num_parameters():,} parameters.",
+    ]
+    return "\n".join([EMBEDDED_NOTICE, *lines] if is_embedded(data_args) else lines)

@@ -3,7 +3,7 @@
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
@@ -125,26 +125,29 @@ def evaluation_at_start(trainer: Trainer) -> dict[str, float]:
 def print_closing_report(
     trainer: Trainer,
     train_metrics: Mapping[str, float],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
+    metrics: Mapping[str, float],
+    shown: Sequence[str],
 ) -> None:
     """Print what came out of a run and where it lies.
 
     Args:
         trainer: The trainer, after training, saving and `create_model_card`.
         train_metrics: The metrics of training.
-        before: What to show of the evaluation before training, name -> value; may be empty.
-        after: The same after training.
+        metrics: The metrics of the evaluation after training.
+        shown: Which metrics of both evaluations to print, without "eval_".
     """
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(trainer.args.output_dir)
 
     def show(metrics: Mapping[str, float]) -> str:
-        return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        return ", ".join(
+            f"{name} {metrics[f'eval_{name}']:.4f}" for name in shown if f"eval_{name}" in metrics
+        )
 
+    before = evaluation_at_start(trainer)
     lines = [("Before training", show(before))] if before else []
-    lines.append(("After training", show(after)))
+    lines.append(("After training", show(metrics)))
     if "salsa/final_step_size" in train_metrics:
         lines += [
             (

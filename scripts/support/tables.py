@@ -6,11 +6,12 @@ What is wrong with a file is a `UsageError` that names the file and the line.
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from support.command_line import UsageError
 
@@ -138,3 +139,37 @@ def to_float(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def load_own_files(
+    train_file: str,
+    validation_file: str,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = "label",
+) -> DatasetDict:
+    """Return the data in two files of the user's."""
+    tables = {"train": read_own(train_file), "validation": read_own(validation_file)}
+    train = tables["train"]
+    if text_columns is None:
+        text_columns = ["sentence1", "sentence2"] if "sentence1" in train.columns else ["sentence"]
+    label_position = position_of(train, label_column)
+    labels = {row.values[label_position] for row in train.rows}
+    integers = all(re.fullmatch(r"[+-]?\d+", text) for text in labels)
+    if not integers and all(to_float(text) is not None for text in labels):
+        names = label_ids = None  # regression
+    else:
+        names = sorted(labels, key=int if integers else None)
+        label_ids = {text: i for i, text in enumerate(names)}
+        if len(names) == 1:
+            raise UsageError(f"{train_file}: every label is {names[0]!r}, nothing to tell apart")
+    splits = {}
+    for split, table in tables.items():
+        needed = [position_of(table, name) for name in (*text_columns, label_column)]
+        for row in table.rows:
+            for position in needed:
+                if not row.values[position]:
+                    raise UsageError(
+                        f"{table.path}, line {row.line}: no value for {table.columns[position]!r}"
+                    )
+        splits[split] = to_dataset(table, needed, label_ids, names)
+    return DatasetDict(splits)

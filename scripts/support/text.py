@@ -1,6 +1,5 @@
 """Text for language models: arguments, data, tokenizers, models, the trainer."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_salsa import SaLSaTrainer
-from support.command_line import UsageError
+from support.command_line import UsageError, did_you_mean, overwrite_flag
 from support.embedded_data import python_documentation
 
 EMBEDDED_NAME = "prose of Python's documentation"
@@ -110,8 +109,7 @@ def _parse_overrides(text: str) -> dict[str, Any]:
         if name == "vocab_size":
             raise ValueError("config_overrides: the tokenizer sets vocab_size; use --vocab_size")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, known)
             raise ValueError(f"config_overrides: GPT2Config has no setting {name!r}.{hint}")
         try:
             overrides[name] = json.loads(value)
@@ -139,13 +137,7 @@ class DataArguments:
         default=0.1,
         metadata={"help": "The share of the text, at its end, that is held out if no other is."},
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Delete the checkpoints and results of an earlier run in output_dir. Without "
-            "effect when it is resumed."
-        },
-    )
+    overwrite_output_dir: bool = overwrite_flag()
 
     def __post_init__(self) -> None:
         if self.train_file and self.dataset_name:
@@ -158,6 +150,16 @@ class DataArguments:
             raise ValueError(
                 f"validation_fraction must be between 0 and 1, got {self.validation_fraction}"
             )
+
+
+def is_embedded(args: DataArguments) -> bool:
+    """Return whether no data was given."""
+    return not args.train_file and not args.dataset_name
+
+
+def data_name(args: DataArguments) -> str:
+    """Return what people call the text that `args` ask for."""
+    return args.dataset_name or Path(args.train_file or EMBEDDED_NAME).name
 
 
 # What loads text raises a UsageError.
@@ -249,6 +251,27 @@ def make_blocks(
     )
 
 
+def model_and_tokenizer(
+    args: ModelArguments, train_text: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """Return the model that `args` ask for, its tokenizer, and the tokens of a block."""
+    if args.model_name_or_path:
+        model, tokenizer = load_model_and_tokenizer(args.model_name_or_path)
+        positions = model.config.max_position_embeddings
+        block_size = args.block_size or min(positions, LONGEST_DEFAULT_BLOCK)
+    else:
+        vocab_size = args.vocab_size or DEFAULT_VOCAB_SIZE
+        tokenizer = make_tokenizer(train_text, BYTES if args.tokenizer == "bytes" else vocab_size)
+        block_size = args.block_size or SMALL_BLOCK
+        model = make_model(len(tokenizer), block_size, args.overrides)
+        positions = tokenizer.model_max_length = model.config.n_positions
+    if block_size > positions:
+        raise UsageError(f"block_size {block_size} exceeds the model's {positions} positions")
+    # Trainer counts the predicted tokens of an update by this, which GPT-2's class leaves unset.
+    model.loss_type = "ForCausalLM"
+    return model, tokenizer, block_size
+
+
 def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """Return a byte-level BPE trained on `text`; with a vocabulary of 256 it knows bytes only."""
     tokenizer = Tokenizer(models.BPE())
@@ -323,24 +346,40 @@ class LanguageModelTrainer(SaLSaTrainer):
         return output
 
 
-def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
-    """Return `length` tokens that the model makes up, after a first one."""
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return some tokens that the model makes up, after a first one."""
+    length = min(60, model.config.max_position_embeddings - 1)
     prompt = tokenizer("T", return_tensors="pt").to(model.device)
     tokens = model.generate(**prompt, max_new_tokens=length, do_sample=True, top_k=20)
     return tokenizer.decode(tokens[0])
 
 
-def card_settings(args: DataArguments, name: str) -> dict[str, str]:
+def card_settings(args: DataArguments) -> dict[str, str]:
     """Return what the model card says about the data, for `Trainer.create_model_card`."""
-    settings = {"tasks": "text-generation", "dataset": name}
+    settings = {"tasks": "text-generation", "dataset": data_name(args)}
     if args.dataset_name:
         settings["dataset_tags"] = args.dataset_name
         if args.dataset_config_name:
             settings["dataset_args"] = args.dataset_config_name
-    elif not args.train_file:
+    elif is_embedded(args):
         settings["language"] = "en"
     return settings
 
 
-def select(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: metrics[f"eval_{name}"] for name in METRICS if f"eval_{name}" in metrics}
+def describe(
+    args: DataArguments,
+    train: Blocks,
+    validation: Blocks,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """Return the lines that say what is about to be trained on what."""
+    block_size = len(train.dataset[0]["input_ids"])
+    lines = [
+        f"Data: {data_name(args)}, train {len(train.dataset)}, validation "
+        f"{len(validation.dataset)} blocks of {block_size} tokens; "
+        f"{validation.characters_per_token:.2f} characters a token.",
+        f"Model: {model.name_or_path or 'a GPT-2 from scratch'}, "
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens.",
+    ]
+    return "\n".join([EMBEDDED_NOTICE, *lines] if is_embedded(args) else lines)

@@ -16,6 +16,7 @@ import run_glue_no_trainer as script
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from support.glue import load_embedded_data, make_model_and_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -23,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # 44 examples in batches of 8: the last batch of an epoch, and the last update, are smaller.
 FLAGS = {
     "use_cpu": True,
@@ -41,7 +42,7 @@ def command_line(**flags):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Folders of a tiny BERT and its tokenizer, with dropout and without."""
-    _, tokenizer = run_glue.make_model_and_tokenizer(run_glue.load_embedded_data(), vocab_size=500)
+    _, tokenizer = make_model_and_tokenizer(load_embedded_data(), vocab_size=500)
     folders = {}
     for dropout in (0.1, 0.0):
         set_seed(0)
@@ -290,8 +291,8 @@ def test_torchrun_trains_as_one_process_does(run, tiny, tmp_path):
 
 
 def test_every_process_trains_the_same_tokenizer():
-    data = run_glue.load_embedded_data()
-    one, two = (run_glue.make_model_and_tokenizer(data)[1].get_vocab() for _ in range(2))
+    data = load_embedded_data()
+    one, two = (make_model_and_tokenizer(data)[1].get_vocab() for _ in range(2))
     assert one == two
 
 
