@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from support.checkpoints import STATE_NAME, checkpoints_in
 from support.command_line import ScriptArgumentParser, UsageError, check_processes
 from support.glue import (
     DEFAULT_MODEL,
@@ -56,8 +57,6 @@ from transformers import (
 )
 
 from hf_salsa import OPTIMIZERS, BatchObjective
-
-STATE_NAME = "trainer_state.json"  # the name, and the content, that Trainer gives it
 
 
 @dataclass
@@ -162,7 +161,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainerSt
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state.save_to_json(str(folder / STATE_NAME))  # last: it marks a complete checkpoint
-        for older in output_dir.glob("checkpoint-*"):
+        for older in checkpoints_in(output_dir):
             if older != folder:
                 shutil.rmtree(older)
 

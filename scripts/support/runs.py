@@ -1,6 +1,5 @@
 """A run's folder from start to end: resuming, overwriting, training, the closing report."""
 
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,26 +7,22 @@ from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
 
+from support.checkpoints import Rotation, checkpoints_in, fault_of, numbered_checkpoints
 from support.command_line import UsageError
 
 PLOT_NAME = "step_size_and_loss.png"  # beside the card that `create_model_card` writes
+# What a run leaves beside model, card and checkpoints: the names that Trainer gives.
+RESULT_NAMES = (
+    *("train_results.json", "eval_results.json", "all_results.json"),
+    *("trainer_state.json", PLOT_NAME),
+)
 _INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells give to Ctrl-C
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint in `output_dir`."""
-    # Trainer writes trainer_state.json last: a folder without it was interrupted half-way.
-    complete = [path.parent for path in _checkpoints(output_dir, "trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def _checkpoints(output_dir: str | Path, content: str = "") -> list[Path]:
-    """Return the paths checkpoint-<number>/`content` that exist in `output_dir`."""
-    return [
-        path
-        for path in Path(output_dir).glob(f"checkpoint-*/{content}")
-        if re.fullmatch(r"checkpoint-\d+", path.relative_to(output_dir).parts[0])
-    ]
+    newest_first = reversed(numbered_checkpoints(output_dir))
+    return next((path for path in newest_first if fault_of(path) is None), None)
 
 
 def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
@@ -42,13 +37,10 @@ def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     output_dir = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     if wanted and wanted.lower() != "false":
-        checkpoint = last_checkpoint(output_dir) if wanted.lower() == "true" else Path(wanted)
-        if checkpoint is None:
-            raise UsageError(f"no checkpoint to resume from in {output_dir}")
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UsageError(
-                f"{checkpoint} is no complete checkpoint: it has no trainer_state.json"
-            )
+        if wanted.lower() == "true":
+            checkpoint = _newest_complete(output_dir, say=args.process_index == 0)
+        else:
+            checkpoint = _complete(Path(wanted), output_dir)
         args.eval_on_start = False  # the checkpoint's log has that evaluation
         return str(checkpoint)
     if output_dir.exists() and not output_dir.is_dir():
@@ -63,12 +55,35 @@ def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
     if args.process_index == 0:
         # Left where they are, old checkpoints would count as this run's (resuming, rotation), and
         # old figures would stay in all_results.json.
-        for folder in _checkpoints(output_dir):
+        for folder in checkpoints_in(output_dir):
             shutil.rmtree(folder)
-        for pattern in ("*_results.json", "trainer_state.json", PLOT_NAME):
-            for file in output_dir.glob(pattern):
-                file.unlink()
+        for name in RESULT_NAMES:
+            (output_dir / name).unlink(missing_ok=True)
     return None
+
+
+def _newest_complete(output_dir: Path, say: bool) -> Path:
+    checkpoint = last_checkpoint(output_dir)
+    passed_over = []
+    for path in reversed(numbered_checkpoints(output_dir)):
+        if path == checkpoint:
+            break
+        passed_over.append(f"{path.name} ({fault_of(path)})")
+    if checkpoint is None:
+        incomplete = f"; incomplete: {', '.join(passed_over)}" if passed_over else ""
+        raise UsageError(f"no checkpoint to resume from in {output_dir}{incomplete}")
+    if passed_over and say:
+        print(f"Resuming from {checkpoint}; passed over as incomplete: {', '.join(passed_over)}")
+    return checkpoint
+
+
+def _complete(checkpoint: Path, output_dir: Path) -> Path:
+    fault = fault_of(checkpoint)
+    if fault is not None:
+        other = last_checkpoint(output_dir) or last_checkpoint(checkpoint.parent)
+        hint = f"; {other} is one" if other else ""
+        raise UsageError(f"{checkpoint} is no complete checkpoint: {fault}{hint}")
+    return checkpoint
 
 
 def train_and_evaluate(
@@ -82,6 +97,7 @@ def train_and_evaluate(
         trainer: The trainer.
         checkpoint: The checkpoint to resume from.
     """
+    trainer.add_callback(Rotation(trainer.args))
     try:
         train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()

@@ -16,7 +16,9 @@ import run_glue_no_trainer as script
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from support.checkpoints import fault_of
 from support.glue import load_embedded_data, make_model_and_tokenizer
+from support.runs import last_checkpoint
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -218,6 +220,34 @@ def test_resumed_run_equals_the_straight_run(run, monkeypatch, flags):
     resumed, _ = run("resumed", **flags, resume_from_checkpoint=True)
     assert log(resumed) == log(straight)
     assert_same_weights(resumed, straight)
+
+
+def test_checkpoints_that_another_wrote_stay(run, tmp_path):
+    for name in ("checkpoint-best", "checkpoint-3", "checkpoint-5"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    folder, _ = run(overwrite_output_dir=True)
+    names = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-3", "checkpoint-best"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"optim": "adamw_torch", "learning_rate": 1e-3}], ids=str)
+def test_its_checkpoints_are_complete_and_damage_is_seen(run, capsys, flags):
+    folder, _ = run(**flags)
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint == folder / "checkpoint-12"
+    for name in ("optimizer.bin", "random_states_0.pkl", "model.safetensors"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:99])
+        assert fault_of(checkpoint).startswith(f"{name} cannot be read")
+        with pytest.raises(SystemExit):
+            run(**flags, resume_from_checkpoint=True)
+        assert "no checkpoint to resume from" in capsys.readouterr().err
+        (checkpoint / name).unlink()
+        assert fault_of(checkpoint).startswith("it has no ")
+        (checkpoint / name).write_bytes(content)
+    assert fault_of(checkpoint) is None
 
 
 @pytest.mark.parametrize(

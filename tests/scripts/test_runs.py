@@ -1,6 +1,7 @@
 """A run's folder: interrupting, resuming, starting anew."""
 
 import functools
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,17 @@ import run_glue
 import torch
 from running import GLUE_FLAGS, SCRIPT_FLAGS, SCRIPTS, interrupt_in_trial, without_times
 from safetensors.torch import load_file
+from support import runs
+
+# What the output folder of a run that went before holds, and what is not of such a run.
+EARLIER = (
+    *("trainer_state.json", "train_results.json", "eval_results.json", "all_results.json"),
+    *("checkpoint-7/trainer_state.json", "checkpoint-8/optimizer.pt"),
+)
+MINE = (
+    *("notes.txt", "my_results.json", "predict_results.json", "checkpoint-6/notes.txt"),
+    *("checkpoint-best/trainer_state.json", "checkpoints-7-and-8/trainer_state.json"),
+)
 
 
 @pytest.mark.parametrize("job", ["glue", "clm"])
@@ -98,12 +110,10 @@ def test_ctrl_c_in_a_real_process(tmp_path, glue, bert_folder):
 
 @pytest.fixture
 def earlier_run(tmp_path):
-    """The output folder of a run that went before, and a file of the user's in it."""
+    """The output folder of a run that went before, and files of the user's in it."""
     folder = tmp_path / "out"
-    for checkpoint in ("checkpoint-7", "checkpoints-7-and-8"):
-        (folder / checkpoint).mkdir(parents=True)
-        (folder / checkpoint / "trainer_state.json").write_text("{}")
-    for name in ("trainer_state.json", "predict_results.json", "notes.txt"):
+    for name in (*EARLIER, *MINE):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     return folder
 
@@ -126,12 +136,45 @@ def test_output_dir_in_use_is_refused(earlier_run, capsys, script):
 
 
 def test_overwrite_deletes_the_earlier_run_and_nothing_else(clm, earlier_run, text_file):
-    result = clm("--train_file", text_file, "--tokenizer", "bytes", "--overwrite_output_dir")
-    assert not (earlier_run / "checkpoint-7").exists()
-    assert not (earlier_run / "predict_results.json").exists()
-    assert (earlier_run / "checkpoints-7-and-8").exists()
-    assert (earlier_run / "notes.txt").exists()
-    assert result.json("trainer_state.json")["global_step"] == 2
+    flags = ("--train_file", text_file, "--tokenizer", "bytes", "--overwrite_output_dir")
+    result = clm(*flags, "--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1)
+    for name in ("checkpoint-7", "checkpoint-8", "checkpoint-2"):  # the last one by rotation
+        assert not (earlier_run / name).exists()
+    for name in MINE:
+        assert (earlier_run / name).read_text() == "{}"
+    assert result.json("trainer_state.json")["global_step"] == 3
+    assert {"train_loss", "eval_loss"} <= result.json("all_results.json").keys()
+
+
+@pytest.mark.parametrize(
+    ("greater_is_better", "limit", "kept"),
+    [("true", 1, {4}), ("false", 1, {1}), ("false", 2, {1, 4})],
+)
+def test_rotation_keeps_the_best_checkpoint_and_what_is_not_its_own(
+    clm, text_file, tmp_path, monkeypatch, greater_is_better, limit, kept
+):
+    """The end of the text, held out, is unlike the rest: its loss rises."""
+    theirs = tmp_path / "out" / "checkpoint-best" / "notes.txt"
+
+    def add_theirs(trainer, checkpoint):
+        theirs.parent.mkdir()
+        theirs.write_text("mine")
+        return train_and_evaluate(trainer, checkpoint)
+
+    train_and_evaluate = runs.train_and_evaluate
+    monkeypatch.setattr(runs, "train_and_evaluate", add_theirs)
+    result = clm(
+        *("--train_file", text_file, "--tokenizer", "bytes", "--max_steps", 4),
+        *("--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "true"),
+        *("--save_strategy", "steps", "--save_steps", 1),
+        *("--metric_for_best_model", "loss", "--greater_is_better", greater_is_better),
+        *("--save_total_limit", limit),
+    )
+    assert theirs.read_text() == "mine"
+    best = result.json("trainer_state.json")["best_global_step"]
+    assert best == (4 if greater_is_better == "true" else 1)
+    names = {path.name for path in result.folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-best", *(f"checkpoint-{step}" for step in kept)}
 
 
 @pytest.mark.parametrize("script", [run_glue, run_clm], ids=["glue", "clm"])
@@ -162,12 +205,40 @@ def test_half_written_checkpoint_is_not_resumed_from(clm, tmp_path, text_file, e
     flags = ("--train_file", text_file, "--tokenizer", "bytes")
     clm(*flags)
     half = tmp_path / "out" / "checkpoint-9"
-    half.mkdir()
+    shutil.copytree(half.parent / "checkpoint-2", half)
+    (half / "optimizer.pt").write_bytes(b"")
+    shutil.copytree(half, half.parent / "checkpoint-10")
+    (half.parent / "checkpoint-10" / "trainer_state.json").unlink()
     result = clm(*flags, "--max_steps", 3, "--resume_from_checkpoint", "true")
     assert result.json("trainer_state.json")["global_step"] == 3
+    (line,) = [line for line in result.stdout.splitlines() if "checkpoint-9" in line]
+    assert line == (
+        f"Resuming from {half.parent / 'checkpoint-2'}; passed over as incomplete: "
+        "checkpoint-10 (it has no trainer_state.json), checkpoint-9 (optimizer.pt is empty)"
+    )
+
+
+def test_only_half_written_checkpoints(clm, tmp_path, text_file, error):
+    flags = ("--train_file", text_file, "--tokenizer", "bytes")
+    clm(*flags)
+    complete = tmp_path / "out" / "checkpoint-2"
+    half = complete.with_name("checkpoint-9")
+    shutil.copytree(complete, half)
+    (half / "model.safetensors").write_bytes(b"")
     (tmp_path / "out" / "trainer_state.json").unlink()
     message = error(run_clm, *flags, "--resume_from_checkpoint", half)
-    assert f"{half} is no complete checkpoint" in message
+    assert (
+        f"{half} is no complete checkpoint: model.safetensors is empty; {complete} is one"
+        in message
+    )
+    shutil.rmtree(complete)
+    message = error(run_clm, *flags, "--resume_from_checkpoint", half)
+    assert message.endswith("is no complete checkpoint: model.safetensors is empty\n")
+    message = error(run_clm, *flags, "--resume_from_checkpoint", "true")
+    assert message.endswith(
+        f"no checkpoint to resume from in {half.parent}; incomplete: checkpoint-9 "
+        "(model.safetensors is empty)\n"
+    )
 
 
 def test_output_dir_that_is_a_file(error, tmp_path):
