@@ -4,8 +4,10 @@ import importlib.metadata
 import itertools
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -129,8 +131,17 @@ def open_pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
 def start_worker(threads: int) -> None:
     """Prepare a process that carries out runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends it
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(threads)
     be_quiet()
+
+
+def _end_with_the_parent() -> None:
+    """End this process, in the middle of a run, once its parent is gone: killed, it ends nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def be_quiet() -> None:
