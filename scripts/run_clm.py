@@ -38,11 +38,12 @@ whose tokenizers differ.
 from collections.abc import Sequence
 
 from support import runs, text
-from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser, check_processes
+from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser
 from transformers import default_data_collator, set_seed
 
 from hf_salsa import SaLSaTrainingArguments
 
+ARGUMENTS = (text.ModelArguments, text.DataArguments, SaLSaTrainingArguments)
 # Where the script differs from SaLSaTrainingArguments.
 DEFAULTS = {
     **COMMON_DEFAULTS,
@@ -55,17 +56,11 @@ DEFAULTS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
     # Parse
-    parser = ScriptArgumentParser(
-        (text.ModelArguments, text.DataArguments, SaLSaTrainingArguments),
-        __file__,
-        __doc__,
-        **DEFAULTS,
-    )
+    parser = ScriptArgumentParser(ARGUMENTS, __file__, __doc__, **DEFAULTS)
     model_args, data_args, training_args = parser.parse(argv)
 
     # Load
     with parser.user_errors():
-        check_processes(training_args.world_size)
         train_text, validation_text = text.load_texts(data_args)
         set_seed(training_args.seed)
         model, tokenizer, block_size = text.model_and_tokenizer(model_args, train_text)
@@ -89,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    # Save: the model and the metrics are, the card remains
+    # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**text.card_settings(data_args))
     if text.is_embedded(data_args) and training_args.world_size == 1:
         print(f"\nA sample: {text.sample_text(model, tokenizer)}")

@@ -26,11 +26,12 @@ checkpoint after each epoch.
 from collections.abc import Sequence
 
 from support import glue, runs
-from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser, check_processes
+from support.command_line import COMMON_DEFAULTS, ScriptArgumentParser
 from transformers import DataCollatorWithPadding, set_seed
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
 
+ARGUMENTS = (glue.ModelArguments, glue.DataArguments, SaLSaTrainingArguments)
 # Where the script differs from SaLSaTrainingArguments: the paper's settings.
 DEFAULTS = {
     **COMMON_DEFAULTS,
@@ -43,17 +44,11 @@ DEFAULTS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
     # Parse
-    parser = ScriptArgumentParser(
-        (glue.ModelArguments, glue.DataArguments, SaLSaTrainingArguments),
-        __file__,
-        __doc__,
-        **DEFAULTS,
-    )
+    parser = ScriptArgumentParser(ARGUMENTS, __file__, __doc__, **DEFAULTS)
     model_args, data_args, training_args = parser.parse(argv)
 
     # Load
     with parser.user_errors():
-        check_processes(training_args.world_size)
         data = glue.load_data(data_args)
         set_seed(training_args.seed)
         model, tokenizer = glue.model_and_tokenizer(model_args, data_args, data)
@@ -77,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    # Save: the model and the metrics are, the card remains
+    # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**glue.card_settings(data_args))
     runs.print_closing_report(trainer, train_metrics, metrics, glue.metric_names(data, metric))
 

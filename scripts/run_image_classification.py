@@ -38,11 +38,12 @@ in the middle.
 from collections.abc import Sequence
 
 from support import images, images_data, images_models, runs
-from support.command_line import COMMON_DEFAULTS, check_processes
+from support.command_line import COMMON_DEFAULTS
 from transformers import set_seed
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
 
+ARGUMENTS = (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments)
 # Where the script differs from SaLSaTrainingArguments.
 DEFAULTS = {
     **COMMON_DEFAULTS,
@@ -55,27 +56,21 @@ DEFAULTS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
     # Parse
-    parser = images_models.PresetArgumentParser(
-        (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments),
-        __file__,
-        __doc__,
-        **DEFAULTS,
-    )
+    parser = images_models.PresetArgumentParser(ARGUMENTS, __file__, __doc__, **DEFAULTS)
     model_args, data_args, training_args = parser.parse(argv)
 
     # Load
     with parser.user_errors():
-        check_processes(training_args.world_size)
         data = images_data.load_data(data_args)
         set_seed(training_args.seed)
         model, processor = images_models.model_and_processor(model_args, data_args, data)
+        train, validation = images.make_examples(
+            data, processor, data_args.horizontal_flip, training_args.seed
+        )
         # After all else that may be wrong: it deletes an earlier run.
         checkpoint = runs.prepare_output_dir(training_args, data_args.overwrite_output_dir)
     if training_args.process_index == 0:
         print(images_models.describe(model_args, data_args, data, model, processor))
-    train, validation = images.make_examples(
-        data, processor, data_args.horizontal_flip, training_args.seed
-    )
 
     # Train
     with parser.user_errors(ValueError):  # a set-up in which a line search comes out wrong
@@ -91,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with parser.user_errors():  # images are read while it trains
         train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
 
-    # Save: the model and the metrics are, the card remains
+    # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**images_data.card_settings(data_args))
     runs.print_closing_report(trainer, train_metrics, metrics, images_models.METRICS)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 COMMON_DEFAULTS = {  # where the scripts differ from SaLSaTrainingArguments
     "eval_on_start": True,
@@ -75,6 +75,9 @@ class ScriptArgumentParser(HfArgumentParser):
                 name = unknown[0].split("=")[0]
                 known = [f"--{e.name}" for cls in self.dataclass_types for e in fields(cls)]
                 raise UsageError(f"unknown argument {name}.{did_you_mean(name, known)}")
+            for arguments in filled:
+                if isinstance(arguments, TrainingArguments):
+                    check_processes(arguments.world_size)
         return tuple(filled)
 
     @contextmanager

@@ -8,10 +8,10 @@ import run_clm
 import run_glue
 import run_image_classification
 from datasets import Dataset, DatasetDict, Features
-from running import CLM_FLAGS, GLUE_FLAGS, SCRIPT_FLAGS, ScriptResult, colour
+from running import CLM_FLAGS, GLUE_FLAGS, SCRIPT_FLAGS, ScriptResult, colour, tiny_bert_config
 from support.embedded_data import python_documentation
 from support.glue import load_embedded_data, make_model_and_tokenizer
-from transformers import BertConfig, BertModel, set_seed
+from transformers import BertModel, set_seed
 
 
 @pytest.fixture
@@ -62,15 +62,7 @@ def bert_folder(tmp_path_factory):
     set_seed(0)
     _, tokenizer = make_model_and_tokenizer(load_embedded_data(), vocab_size=500)
     tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=tokenizer.model_max_length,
-    )
-    BertModel(config).save_pretrained(folder)
+    BertModel(tiny_bert_config(tokenizer)).save_pretrained(folder)
     return folder
 
 

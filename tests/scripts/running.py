@@ -9,6 +9,7 @@ import numpy as np
 import run_clm
 from datasets import ClassLabel
 from PIL import Image
+from transformers import BertConfig
 
 from hf_salsa import BatchObjective
 
@@ -32,6 +33,18 @@ class ScriptResult(NamedTuple):
         """The values of `key` in the log, in order."""
         history = self.json("trainer_state.json")["log_history"]
         return [entry[key] for entry in history if key in entry]
+
+
+def tiny_bert_config(tokenizer, **overrides):
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=tokenizer.model_max_length,
+        **overrides,
+    )
 
 
 def interrupt_in_trial(patch, update):

@@ -6,11 +6,9 @@ import pytest
 import run_image_classification as script
 import torch
 from datasets import ClassLabel
-from support import images_data, images_models
+from support import images_models
 from support.images_models import SmallStemResNetForImageClassification as SmallStem
 from transformers import AutoModelForImageClassification, set_seed
-
-from hf_salsa import SaLSaTrainingArguments
 
 DIGITS = ClassLabel(num_classes=10)
 
@@ -52,8 +50,7 @@ def test_architectures(architecture, size, classes, parameters):
 
 
 def parse(*flags):
-    classes = (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments)
-    parser = images_models.PresetArgumentParser(classes, "x.py", "", **script.DEFAULTS)
+    parser = images_models.PresetArgumentParser(script.ARGUMENTS, "x.py", "", **script.DEFAULTS)
     return parser.parse(["--output_dir", "unused", "--use_cpu", "true", *flags])
 
 
@@ -97,8 +94,7 @@ def test_other_flags_win_over_a_preset(tmp_path):
 def test_preset_in_a_settings_file(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("preset: resnet50_imagenet\nnum_train_epochs: 1\noutput_dir: unused\n")
-    classes = (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments)
-    parser = images_models.PresetArgumentParser(classes, "x.py", "", **script.DEFAULTS)
+    parser = images_models.PresetArgumentParser(script.ARGUMENTS, "x.py", "", **script.DEFAULTS)
     model_args, _, training_args = parser.parse([str(path)])
     assert model_args.architecture == "resnet50"
     assert training_args.num_train_epochs == 1

@@ -15,16 +15,19 @@ import run_glue
 import run_glue_no_trainer as script
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from running import tiny_bert_config
 from safetensors.torch import load_file
+from support import loop
 from support.checkpoints import fault_of
 from support.glue import load_embedded_data, make_model_and_tokenizer
 from support.runs import last_checkpoint
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     set_seed,
 )
+
+from hf_salsa import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
 # 44 examples in batches of 8: the last batch of an epoch, and the last update, are smaller.
@@ -48,15 +51,8 @@ def tiny(tmp_path_factory):
     folders = {}
     for dropout in (0.1, 0.0):
         set_seed(0)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=tokenizer.model_max_length,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+        config = tiny_bert_config(
+            tokenizer, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
         )
         folders[dropout] = tmp_path_factory.mktemp("tiny")
         BertForSequenceClassification(config).save_pretrained(folders[dropout])
@@ -99,12 +95,7 @@ def assert_same_weights(*folders):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"optim": "salsa_adam"},
-        {"optim": "salsa_sgd"},
-        {"optim": "sls_adam"},
-        {"optim": "sls_sgd"},
-        {"optim": "salsa_adam_plus"},
-        {"optim": "salsa_sgd_plus"},
+        *({"optim": name} for name in OPTIMIZERS),
         {"optim": "adamw_torch", "learning_rate": 1e-3},
     ],
     ids=lambda flags: flags["optim"],
@@ -182,8 +173,8 @@ def test_an_update_that_the_gradient_scaler_skips_is_dropped(run, monkeypatch, a
                 lambda grad: grad * torch.inf if next(backward_passes) == 3 else grad
             )
 
-    make = script.make_accelerator
-    monkeypatch.setattr(script, "make_accelerator", make_accelerator)
+    make = loop.make_accelerator
+    monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
     monkeypatch.setattr(script, "BatchObjective", Overflowing)
     run(
         max_train_samples=32,
@@ -212,9 +203,9 @@ def test_resumed_run_equals_the_straight_run(run, monkeypatch, flags):
         save(*args)
         raise KeyboardInterrupt
 
-    save = script.save_checkpoint
+    save = loop.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(script, "save_checkpoint", save_and_stop)
+        patch.setattr(loop, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run("resumed", **flags)
     resumed, _ = run("resumed", **flags, resume_from_checkpoint=True)
@@ -304,6 +295,7 @@ def launch(line, **flags):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_trains_as_one_process_does(run, tiny, tmp_path):
     """2 x 4 = 1 x 8 in step sizes, losses and metrics; 21 examples are 21, not 22."""
@@ -326,6 +318,7 @@ def test_every_process_trains_the_same_tokenizer():
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accelerate_launch_starts_two_processes(tmp_path):
     """On the embedded data, model and tokenizer."""
@@ -339,6 +332,7 @@ def test_accelerate_launch_starts_two_processes(tmp_path):
     assert results["salsa/trials"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_run_glue_under_torchrun(tmp_path):
     """`Trainer`, to the finished model card."""
