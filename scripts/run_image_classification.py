@@ -43,6 +43,8 @@ from transformers import set_seed
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
 
+# Where the published model cards import it from.
+SmallStemResNetForImageClassification = images_models.SmallStemResNetForImageClassification
 ARGUMENTS = (images_models.ModelArguments, images_data.DataArguments, SaLSaTrainingArguments)
 # Where the script differs from SaLSaTrainingArguments.
 DEFAULTS = {

@@ -68,11 +68,12 @@ def test_digits(run):
     assert f"Accuracy: {metrics['eval_accuracy']:.4f}" in card
     assert "handwritten digits" in card
     assert "SaLSaAdam" in card
+    assert "from support.images_models import SmallStemResNetForImageClassification" in card
     for path in ("README.md", "step_size_and_loss.png", "checkpoint-40"):
         assert str(result.folder / path) in report
 
     # The folder holds the model that was evaluated, and what prepares its images.
-    model = images_models.SmallStemResNetForImageClassification.from_pretrained(result.folder)
+    model = script.SmallStemResNetForImageClassification.from_pretrained(result.folder)
     processor = AutoImageProcessor.from_pretrained(result.folder)
     validation = images_data.load_embedded_data()["validation"]
     assert accuracy(model, processor, validation) == metrics["eval_accuracy"]
