@@ -1,10 +1,10 @@
 """The rules of `compare.py --preset study`: each does what its name says."""
 
-import compare
 import pytest
 import torch
-import tried_rules
-from test_compare import carry_out, prose_run
+from comparison import tried_rules
+from comparison.candidates import TRIED
+from comparison_helpers import carry_out, prose_run
 from torch import nn
 
 from hf_salsa import BatchObjective
@@ -27,7 +27,7 @@ def take_step(optimizer, param, target):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", compare.TRIED)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_tried_rule_trains_and_is_another_one(tmp_path, name):
     results = carry_out(prose_run(tmp_path, name))
     assert results["losses"][-1] < results["losses"][0]
