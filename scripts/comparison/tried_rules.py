@@ -8,26 +8,51 @@ CPUs, and what they remember besides is in no checkpoint.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_salsa import SaLSaAdam, SaLSaAdamPlus
-from hf_salsa.line_search import (
+from hf_salsa.optimizers import Chunk, LineSearchAdam, Update
+from hf_salsa.rules import (
+    Line,
+    RuleState,
+    SaLSa,
+    SaLSaState,
     SearchRecord,
-    SearchSettings,
-    SearchState,
-    first_step_size,
-    is_accepted,
+    grown,
     moving_average,
-    search,
 )
 
 NO_GROWTH = 1e12  # steps in which the step size may double
-Evaluate = Callable[[float], float]
-Found = tuple[SearchRecord, SearchState]
+
+
+@dataclass(frozen=True)
+class PonosState(SaLSaState):
+    """What `Ponos` remembers besides: C_{k-1}, and of how many steps it is the mean."""
+
+    reference: float = 0.0
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ponos(SaLSa):
+    """The rule of `NonMonotone`."""
+
+    state_type: ClassVar[type[RuleState]] = PonosState
+    polyak_share: ClassVar[float] = 0.1  # c_p
+    largest: ClassVar[float] = 10.0  # eta_max
+
+    def search(self, state: Any, line: Line) -> tuple[SearchRecord, Any]:
+        """Backtrack from Polyak's step size until the loss is below the mean of those before."""
+        mean = (state.count * state.reference + line.loss) / (state.count + 1)
+        polyak = min(line.loss / (self.polyak_share * line.slope), self.largest)
+        state = replace(
+            state, reference=max(mean, line.loss), count=state.count + 1, step_size=polyak
+        )
+        return super().search(state, replace(line, loss=state.reference))
 
 
 class NonMonotone(SaLSaAdam):
@@ -37,8 +62,7 @@ class NonMonotone(SaLSaAdam):
     slope_k. C_k is the mean of f_k(w_k) and those before it, or f_k(w_k) where that is larger.
     """
 
-    polyak_share = 0.1  # c_p
-    largest = 10.0  # eta_max
+    rule_type = Ponos
 
     def __init__(self, params: Any) -> None:
         super().__init__(
@@ -49,30 +73,28 @@ class NonMonotone(SaLSaAdam):
             max_search_interval=1,
             steps_to_double=NO_GROWTH,
         )
-        self._reference, self._count = 0.0, 0
 
-    def _choose(
-        self,
-        settings: SearchSettings,
-        state: SearchState,
-        evaluate: Evaluate,
-        *,
-        loss: float,
-        slopes: list[float],
-        resolution: float,
-    ) -> Found:
-        (slope,) = slopes
-        mean = (self._count * self._reference + loss) / (self._count + 1)
-        self._reference, self._count = max(mean, loss), self._count + 1
-        polyak = min(loss / (self.polyak_share * slope), self.largest)
-        return search(
-            settings,
-            replace(state, step_size=polyak),
-            evaluate,
-            loss=self._reference,
-            slope=slope,
-            resolution=resolution,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class HowFarItMissed(SaLSa):
+    """The rule of `AdaptiveBacktracking`."""
+
+    def search(self, state: SaLSaState, line: Line) -> tuple[SearchRecord, SaLSaState]:
+        """Shrink a rejected step size by how far it missed the criterion."""
+        step_size, trial_loss = self.first_trial(state), math.nan
+        for _ in range(self.max_trials):
+            trial_loss = line.loss_at(step_size)
+            if self.accepts(state, step_size, line.loss - trial_loss, line.slope):
+                break
+            h = moving_average(state.h, line.loss - trial_loss, self.beta3)
+            s = moving_average(state.s, line.slope, self.beta3)
+            missed = h / (self.c * step_size * s) if math.isfinite(h) else -math.inf
+            factor = self.backtrack_factor * (1 - self.c) / (1 - self.c * missed)
+            step_size *= max(0.01, factor)
+        # The paper's rule accepts it at once, and moves averages and interval on.
+        paper = replace(self, steps_to_double=NO_GROWTH, max_trials=1)
+        known = replace(line, loss_at=lambda _: trial_loss)
+        return SaLSa.search(paper, replace(state, step_size=step_size), known)
 
 
 class AdaptiveBacktracking(SaLSaAdam):
@@ -81,91 +103,64 @@ class AdaptiveBacktracking(SaLSaAdam):
     With v = h_k / (c eta s_k), below 1 where it is rejected: by max(0.01, rho (1 - c) / (1 - c v)).
     """
 
-    def _choose(
-        self,
-        settings: SearchSettings,
-        state: SearchState,
-        evaluate: Evaluate,
-        *,
-        loss: float,
-        slopes: list[float],
-        resolution: float,
-    ) -> Found:
-        (slope,) = slopes
-        step_size, trial_loss = first_step_size(settings, state), math.nan
-        for _ in range(settings.max_trials):
-            trial_loss = evaluate(step_size)
-            if is_accepted(settings, state, step_size, loss - trial_loss, slope):
-                break
-            h = moving_average(state.h, loss - trial_loss, settings.beta3)
-            s = moving_average(state.s, slope, settings.beta3)
-            missed = h / (settings.c * step_size * s) if math.isfinite(h) else -math.inf
-            factor = settings.backtrack_factor * (1 - settings.c) / (1 - settings.c * missed)
-            step_size *= max(0.01, factor)
-        # `search` accepts it at once, and moves averages and interval on.
-        return search(
-            replace(settings, steps_to_double=NO_GROWTH, max_trials=1),
-            replace(state, step_size=step_size),
-            lambda _: trial_loss,
-            loss=loss,
-            slope=slope,
-            resolution=resolution,
-        )
+    rule_type = HowFarItMissed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(SaLSa):
+    """The rule of `RelativeChange`, which fills `squares`: of direction and weights."""
+
+    share: ClassVar[float] = 0.01
+    squares: ClassVar[list[float]] = [0.0, 0.0]
+
+    def first_trial(self, state: SaLSaState) -> float:
+        """Return the step size that is tried first; the sums begin anew."""
+        self.squares[:] = [0.0, 0.0]
+        return super().first_trial(state)
+
+    def search(self, state: SaLSaState, line: Line) -> tuple[SearchRecord, SaLSaState]:
+        """Start the search at the bound, if that is smaller."""
+        of_direction, of_weights = self.squares
+        growth = grown(state, self.steps_to_double) / state.step_size
+        bound = self.share * math.sqrt(of_weights / of_direction) / growth
+        return super().search(replace(state, step_size=min(state.step_size, bound)), line)
 
 
 class RelativeChange(SaLSaAdam):
     """The paper's rule, with a tested step of at most a hundredth of the weights' norm."""
 
-    largest = 0.01
+    rule_type = Bounded
 
-    def _measure(self, chunk: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
-        direction, products = super()._measure(chunk)
-        squares = [[t.square().sum() for t in column] for column in (direction, chunk.backups)]
-        return direction, [*products, *squares]
-
-    def _choose(
-        self,
-        settings: SearchSettings,
-        state: SearchState,
-        evaluate: Evaluate,
-        *,
-        loss: float,
-        slopes: list[float],
-        resolution: float,
-    ) -> Found:
-        slope, of_direction, of_weights = slopes
-        growth = first_step_size(settings, state) / state.step_size
-        bound = self.largest * math.sqrt(of_weights / of_direction) / growth
-        return search(
-            settings,
-            replace(state, step_size=min(state.step_size, bound)),
-            evaluate,
-            loss=loss,
-            slope=slope,
-            resolution=resolution,
-        )
+    def direction(self, chunk: Chunk) -> list[Tensor]:
+        """Return -d_k, and add up the squares of it and of the weights."""
+        direction = super().direction(chunk)
+        for total, column in enumerate((direction, chunk.backups)):
+            Bounded.squares[total] += sum(float(t.square().sum()) for t in column)
+        return direction
 
 
-class OtherBatch(SaLSaAdam):
-    """The paper's rule, but the mini-batch of the search before judges the step of this one."""
+class _OtherJudge(LineSearchAdam):
+    """The mini-batch of the search before judges the step of this one."""
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self._judge: Callable[[], Tensor] | None = None
+    _judge: Callable[[], Tensor] | None = None
 
-    def _search(self, closure: Any, loss: Any, clip_factor: Any, state: SearchState) -> Any:
+    def _search(self, closure: Any, loss: Any, state: Any, run: Any) -> Any:
         # A copy of the objective keeps its mini-batch: clearing makes new lists.
         judge, self._judge = self._judge, copy.copy(closure)
         if judge is None:
-            return super()._search(closure, loss, clip_factor, state)
-        return super()._search(judge, None, clip_factor, state)
+            return super()._search(closure, loss, state, run)
+        return super()._search(judge, None, state, run)
 
 
-class PlusOtherBatch(OtherBatch, SaLSaAdamPlus):
+class OtherBatch(_OtherJudge, SaLSaAdam):
+    """The paper's rule, but the mini-batch of the search before judges the step of this one."""
+
+
+class PlusOtherBatch(_OtherJudge, SaLSaAdamPlus):
     """`SaLSaAdamPlus`, likewise."""
 
 
-class Averaged(SaLSaAdam):
+class _Averaging(LineSearchAdam):
     """Evaluates an exponential average of the weights (decay 0.98), when `Trainer` asks for it."""
 
     decay = 0.98
@@ -201,7 +196,11 @@ class Averaged(SaLSaAdam):
             self._training = None
 
 
-class PlusAveraged(Averaged, SaLSaAdamPlus):
+class Averaged(_Averaging, SaLSaAdam):
+    """`SaLSaAdam` with averaged weights."""
+
+
+class PlusAveraged(_Averaging, SaLSaAdamPlus):
     """`SaLSaAdamPlus`, likewise."""
 
 
@@ -216,36 +215,29 @@ class ScheduleFree(SaLSaAdam):
         super().__init__(params)
         self._at_y = True
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg_sq"] = torch.zeros_like(param)
-            state["z"] = param.detach().clone()
-        return state
+    def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return step 0, a second moment of 0, and z."""
+        return {
+            "step": torch.zeros(()),
+            "exp_avg_sq": torch.zeros_like(param),
+            "z": param.detach().clone(),
+        }
 
-    def _update_group(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        states: dict[str, list[Tensor]],
-        step_size: float,
-        fused: bool,
-        found_inf: Tensor | None,
-    ) -> None:
-        beta1, beta2 = group["betas"]
+    def take_step(self, update: Update) -> None:
+        """Move z and y."""
+        beta1, beta2 = update.group["betas"]
+        states, weights, grads = update.states, update.weights, update.grads
         torch._foreach_add_(states["step"], 1)
         step = float(states["step"][0])
         torch._foreach_lerp_(states["exp_avg_sq"], torch._foreach_mul(grads, grads), 1 - beta2)
         correction = 1 - beta2**step
         denominators = torch._foreach_div(states["exp_avg_sq"], correction)
         torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_add_(denominators, update.group["eps"])
         normalized = torch._foreach_div(grads, denominators)
         torch._foreach_lerp_(weights, states["z"], 1 / step)
-        torch._foreach_add_(weights, normalized, alpha=-step_size)
-        rate = step_size / (1 - beta1 * (1 - 1 / step))
+        torch._foreach_add_(weights, normalized, alpha=-update.step_size)
+        rate = update.step_size / (1 - beta1 * (1 - 1 / step))
         torch._foreach_add_(states["z"], normalized, alpha=-rate)
 
     def _move_weights(self, share: float) -> None:
