@@ -39,6 +39,7 @@ from .model_card_subject import (
 
 _PLOT = "step_size_and_loss.png"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_PAPER = "[Kenneweg, Kenneweg, Fumagalli, Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)"
 
 
 def write_model_card(
@@ -117,7 +118,6 @@ def write_model_card(
     if not eval_results:
         card_data.pop("model_name")  # only the name of the results
 
-    settings = optimizer.param_groups[0]
     card = ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
@@ -145,10 +145,8 @@ def write_model_card(
             path=arguments.hub_model_id or title,
             base=base_id or base_folder or "base_model",
         ),
-        optimizer=type(optimizer).__name__,
-        settings=settings,
-        adam="betas" in settings,
-        plus="first_share" in settings,
+        procedure=_procedure(optimizer),
+        plain_optimizer="AdamW" if _is_adam(optimizer) else "SGD",
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         report=_search_report(state.log_history),
         table=results_table(training, evaluations),
@@ -161,6 +159,64 @@ def _existing_tags(readme: Path) -> list[str]:
     if not readme.exists():
         return []
     return listed(ModelCard.load(readme, ignore_metadata_errors=True).data.get("tags"))
+
+
+def _procedure(optimizer: torch.optim.Optimizer) -> str:
+    """Return how the optimizer finds its step sizes, in a paragraph of Markdown."""
+    settings = optimizer.param_groups[0]
+    plus = "first_share" in settings
+    name, base = type(optimizer).__name__, "Adam" if _is_adam(optimizer) else "SGD"
+    rule = _plus_rule(settings) if plus else _paper_rule(settings)
+    if settings.get("cool_down"):
+        schedule = (
+            f"No rate was set; over the last {100 * settings['cool_down']:.3g} % of the run the "
+            "step size fell linearly to 0"
+        )
+    else:
+        schedule = "No rate and no schedule was set"
+    interval = settings["max_search_interval"]
+    if interval == 1:
+        when = "every step"
+    elif plus:
+        when = (
+            f"every step in the beginning, and ever less often later, up to {interval} steps apart"
+        )
+    else:
+        when = (
+            "every step as long as the step size moved, and up to "
+            f"{interval} steps apart where it had come to rest"
+        )
+    return (
+        f"`{name}` takes {base}'s steps with a step size that {rule}. {schedule}; "
+        f"the search ran at {when}."
+    )
+
+
+def _paper_rule(settings: dict[str, Any]) -> str:
+    averaged = ", both averaged over the steps" if settings.get("beta3") else ""
+    return (
+        "a line search finds on the mini-batch itself: the largest of those tried at which the "
+        f"loss falls by at least {settings['c']} of what the slope predicts{averaged} ({_PAPER})"
+    )
+
+
+def _plus_rule(settings: dict[str, Any]) -> str:
+    return (
+        f"it finds on the mini-batches themselves: it starts at {settings['first_share']:.3g} of "
+        f"what the first one allows, may double within {_steps(settings['steps_to_double_fast'])} "
+        "as long as new mini-batches want more of the steps that were taken, and within "
+        f"{_steps(settings['steps_to_double'])} ever after, and stays below the bound at which "
+        f"the loss, a parabola through one trial, falls by at least {settings['c']} of what the "
+        f"slope predicts (after {_PAPER})"
+    )
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return "betas" in optimizer.param_groups[0]
+
+
+def _steps(count: float) -> str:
+    return f"{count:.3g} {'step' if count == 1 else 'steps'}"
 
 
 def _hyperparameters(
