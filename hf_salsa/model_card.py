@@ -15,6 +15,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import unwrap_peft_model
 
+from .model_card_front_matter import front_matter
+from .model_card_markdown import Markdown, code_block, code_span, escape, render
 from .model_card_plot import plot
 from .model_card_results import (
     best_step_of,
@@ -118,12 +120,11 @@ def write_model_card(
     if not eval_results:
         card_data.pop("model_name")  # only the name of the results
 
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(_TEMPLATE),
+    card = render(
+        _TEMPLATE,
+        front_matter=Markdown(front_matter(card_data.to_dict())),  # type: ignore[no-untyped-call]
         title=title,
-        base_id=base_id,
-        base_folder=base_folder,
+        base=_base(base_id, base_folder),
         data=data_set_names(data_sets),
         steps=state.global_step,
         best_step=best_step,
@@ -138,21 +139,30 @@ def write_model_card(
             for result in results
         ],
         plot=_PLOT if plot(output_dir / _PLOT, training, evaluations) else None,
-        loading=loading_code(
-            model,
-            bare_model,
-            processing_class,
-            path=arguments.hub_model_id or title,
-            base=base_id or base_folder or "base_model",
+        loading=code_block(
+            loading_code(
+                model,
+                bare_model,
+                processing_class,
+                path=arguments.hub_model_id or title,
+                base=base_id or base_folder or "base_model",
+            ),
+            "python",
         ),
-        procedure=_procedure(optimizer),
+        procedure=Markdown(_procedure(optimizer)),
         plain_optimizer="AdamW" if _is_adam(optimizer) else "SGD",
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         report=_search_report(state.log_history),
         table=results_table(training, evaluations),
         versions=_versions(is_adapter=bare_model is not model),
     )
-    readme.write_text(f"{str(card).strip()}\n", encoding="utf-8", newline="\n")
+    readme.write_text(f"{card.strip()}\n", encoding="utf-8", newline="\n")
+
+
+def _base(identifier: str | None, folder: str | None) -> Markdown | None:
+    if identifier is not None:
+        return Markdown(f"[{escape(identifier)}](https://huggingface.co/{identifier})")
+    return None if folder is None else Markdown(f"a local model, {code_span(folder)},")
 
 
 def _existing_tags(readme: Path) -> list[str]:
@@ -187,7 +197,7 @@ def _procedure(optimizer: torch.optim.Optimizer) -> str:
             f"{interval} steps apart where it had come to rest"
         )
     return (
-        f"`{name}` takes {base}'s steps with a step size that {rule}. {schedule}; "
+        f"{code_span(name)} takes {base}'s steps with a step size that {rule}. {schedule}; "
         f"the search ran at {when}."
     )
 

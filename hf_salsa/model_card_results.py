@@ -3,14 +3,15 @@
 import bisect
 import math
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from huggingface_hub import EvalResult
 from transformers import TrainerState, TrainingArguments
 from transformers.modelcard import METRIC_TAGS, TASK_TAG_TO_NAME_MAPPING
 
+from .model_card_markdown import Markdown, table
 from .model_card_subject import DataSet
 
 # What Trainer logs beside the metrics of an evaluation.
@@ -71,7 +72,9 @@ def results_of(evaluations: list[Evaluation], best_step: int | None) -> list[Eva
 def is_finite_number(value: Any) -> bool:
     """Return whether a reader would call `value` a number, and one that can be shown."""
     # Real covers NumPy's scalars; a bool is a number to Python, but not to a reader.
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return isinstance(value, numbers.Integral) or math.isfinite(value)  # which is for floats
 
 
 def metric_tags(results: list[Evaluation]) -> list[str]:
@@ -133,34 +136,32 @@ def step_size_text(value: Any) -> str:
     return "not logged" if value is None else f"{value:.3g}"
 
 
-def results_table(training: list[dict[str, Any]], evaluations: list[Evaluation]) -> str:
-    """Return a Markdown table with a row for each step at which the model was evaluated."""
-    steps = [entry["step"] for entry in training]
-    rows: dict[int, dict[str, str]] = {}
-    for evaluation in sorted(evaluations, key=lambda evaluation: evaluation.step):
-        logged = bisect.bisect_right(steps, evaluation.step)
-        latest = training[logged - 1] if logged else {}
-        row = rows.setdefault(evaluation.step, {})
-        if evaluation.epoch is not None:
-            row["Epoch"] = f"{evaluation.epoch:.4g}"
-        row["Step"] = str(evaluation.step)
-        row["Training Loss"] = metric_text(latest.get("loss", "No log"))
-        row["Step Size"] = step_size_text(latest["learning_rate"]) if latest else "No log"
-        for key, value in evaluation.metrics.items():
-            name = metric_label(key)
-            if evaluation.dataset is not None:
-                name = f"{name} ({evaluation.dataset})"
-            elif key == "loss":
-                name = "Validation Loss"
-            row[name] = metric_text(value).replace("|", r"\|")
-    columns = list(dict.fromkeys(["Epoch", *(name for row in rows.values() for name in row)]))
-    cells = [columns, *([row.get(column, "") for column in columns] for row in rows.values())]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_table_line(line, widths) for line in cells]
-    lines.insert(1, "|".join(["", *(f"{'-' * (width + 1)}:" for width in widths), ""]))
-    return "\n".join(lines) if rows else ""
+def results_table(training: list[dict[str, Any]], evaluations: list[Evaluation]) -> Markdown | None:
+    """Return a table with a row for each step at which the model was evaluated."""
+    evaluations = sorted(evaluations, key=lambda evaluation: evaluation.step)
+    # Not by their names: a metric may be called "step".
+    columns = {(e.dataset, key): _column(e.dataset, key) for e in evaluations for key in e.metrics}
+    rows = [["Epoch", "Step", "Training Loss", "Step Size", *columns.values()]]
+    logged = [entry["step"] for entry in training]
+    for step, group in groupby(evaluations, key=lambda evaluation: evaluation.step):
+        here = list(group)
+        epochs = [f"{e.epoch:.4g}" for e in here if e.epoch is not None]
+        losses = bisect.bisect_right(logged, step)
+        latest = training[losses - 1] if losses else {}
+        values = {(e.dataset, key): metric_text(e.metrics[key]) for e in here for key in e.metrics}
+        rows.append(
+            [
+                epochs[-1] if epochs else "",
+                str(step),
+                metric_text(latest.get("loss", "No log")),
+                step_size_text(latest["learning_rate"]) if latest else "No log",
+                *(values.get(column, "") for column in columns),
+            ]
+        )
+    return table(rows) if evaluations else None
 
 
-def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (f" {cell:>{width}} " for cell, width in zip(cells, widths, strict=True))
-    return "|".join(["", *padded, ""])
+def _column(dataset: str | None, key: str) -> str:
+    if dataset is not None:
+        return f"{metric_label(key)} ({dataset})"
+    return "Validation Loss" if key == "loss" else metric_label(key)

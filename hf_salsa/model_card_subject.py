@@ -1,5 +1,6 @@
 """What a model card is about: the model, the data it was trained on, the code that loads it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,17 @@ def base_model(model: nn.Module, finetuned_from: str | None) -> tuple[str | None
         finetuned_from = model.config.name_or_path
     if not finetuned_from:
         return None, None
-    if not Path(finetuned_from).is_dir():
+    if not os.path.isdir(finetuned_from):
         try:
             validate_repo_id(finetuned_from)
         except HFValidationError:
             pass  # the path of a folder that is not here
         else:
             return finetuned_from, None
-    # Where a folder lies on somebody's disk is nobody's business.
-    return None, Path(finetuned_from).resolve().name
+    # Where a folder lies on somebody's disk is nobody's business. One that is not here has no other
+    # name to resolve, and may hold what no path does.
+    folder = Path(finetuned_from)
+    return None, folder.resolve().name if os.path.isdir(folder) else folder.name
 
 
 def tasks_of(model: nn.Module) -> list[str]:
@@ -130,7 +133,7 @@ def loading_code(
     """Return the Python code that loads the model, as its class asks for."""
     name = type(bare_model).__name__
     if _is_sentence_transformer(bare_model):  # loads its tokenizer itself
-        return f'from sentence_transformers import {name}\n\nmodel = {name}("{path}")'
+        return f"from sentence_transformers import {name}\n\nmodel = {name}({_quoted(path)})"
     module = type(bare_model).__module__
     imports = []
     of_transformers = []
@@ -145,24 +148,30 @@ def loading_code(
     if pretrained and is_adapter:
         # Two labels are the default; any other number is not written in the base model.
         options = f", num_labels={labels}" if labels != 2 else ""
-        code = [f'model = {name}.from_pretrained("{base}"{options})']
+        code = [f"model = {name}.from_pretrained({_quoted(base)}{options})"]
     elif pretrained:
-        code = [f'model = {name}.from_pretrained("{path}")']
+        code = [f"model = {name}.from_pretrained({_quoted(path)})"]
     else:
         code = [f"model = {name}(...)  # as it was made for training"]
     if is_adapter:
         imports.append("from peft import PeftModel")
-        code.append(f'model = PeftModel.from_pretrained(model, "{path}")')
+        code.append(f"model = PeftModel.from_pretrained(model, {_quoted(path)})")
     elif not pretrained:
         imports.append("from safetensors.torch import load_file")
-        code.append(f'model.load_state_dict(load_file("{path}/model.safetensors"))')
+        code.append(f"model.load_state_dict(load_file({_quoted(f'{path}/model.safetensors')}))")
 
     if isinstance(processing_class, PreTrainedTokenizerBase):
         of_transformers.append("AutoTokenizer")
-        code.append(f'tokenizer = AutoTokenizer.from_pretrained("{path}")')
+        code.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(path)})")
     elif processing_class is not None:
         of_transformers.append("AutoProcessor")
-        code.append(f'processor = AutoProcessor.from_pretrained("{path}")')
+        code.append(f"processor = AutoProcessor.from_pretrained({_quoted(path)})")
     if of_transformers:
         imports.append(f"from transformers import {', '.join(sorted(of_transformers))}")
     return "\n".join([*sorted(imports), "", *code])
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as a Python string, with double quotes where that changes nothing else."""
+    code = repr(text)
+    return code if '"' in code else f'"{code[1:-1]}"'

@@ -184,7 +184,7 @@ def test_metrics_that_are_no_numbers(write):
     card = write([evaluation(10, **metrics), end(10)])
     lines = card[card.index("Results on") : card.index("## How to load")].splitlines()[2:-1]
     assert lines == [
-        "- Confusion: [[1, 2], [3, 4]]",
+        r"- Confusion: \[\[1, 2\], \[3, 4\]\]",
         "- Report: a | b c",
         f"- Long: {'x' * 77}...",
         "- Ok: True",
