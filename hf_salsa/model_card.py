@@ -5,17 +5,18 @@ Trainer's own card would claim a learning rate, a schedule and an AdamW that wer
 
 import importlib.metadata
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import unwrap_peft_model
 
-from .model_card_front_matter import front_matter
+from .model_card_front_matter import front_matter, keep_aside, tags_of
 from .model_card_markdown import Markdown, code_block, code_span, escape, render
 from .model_card_plot import plot
 from .model_card_results import (
@@ -67,7 +68,8 @@ def write_model_card(
 
     The plot of training loss and step size, `step_size_and_loss.png`, needs matplotlib and at least
     two logged training losses; without them the card has none. A card that is there already is
-    replaced, but its tags are kept. Several processes: call it in one.
+    replaced, but its tags are kept; one whose metadata cannot be read becomes `README.md.bak`.
+    Several processes: call it in one.
 
     Args:
         output_dir: The folder of the model. Made if it is missing.
@@ -90,12 +92,14 @@ def write_model_card(
         dataset_args: One entry per data set of `dataset_tags`, for the metadata.
 
     Warns:
-        UserWarning: matplotlib is not installed.
+        UserWarning: matplotlib is not installed, or the metadata of the `README.md` that is there
+            cannot be read.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     readme = output_dir / "README.md"
     bare_model = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
     base_id, base_folder = base_model(bare_model, finetuned_from)
+    kept_tags = tags_of(readme)
     title = model_name or output_dir.resolve().name
     data_sets = data_sets_of(dataset_tags, dataset, dataset_args, data)
 
@@ -111,7 +115,7 @@ def write_model_card(
         license=TrainingSummary(title, license=license, finetuned_from=base_id).license,
         language=listed(language) or None,
         base_model=base_id,
-        tags=[*listed(tags), *_existing_tags(readme), "generated_from_trainer", "hf_salsa"],
+        tags=[*listed(tags), *(kept_tags or []), "generated_from_trainer", "hf_salsa"],
         datasets=[entry.tag for entry in data_sets if entry.tag is not None] or None,
         metrics=metric_tags(results) or None,
         model_name=title,
@@ -156,6 +160,12 @@ def write_model_card(
         table=results_table(training, evaluations),
         versions=_versions(is_adapter=bare_model is not model),
     )
+    if kept_tags is None:
+        warnings.warn(
+            f"{readme} has no front matter that can be read, and so no tags to keep in the new "
+            f"model card: it is {keep_aside(readme)} from now on",
+            stacklevel=2,
+        )
     readme.write_text(f"{card.strip()}\n", encoding="utf-8", newline="\n")
 
 
@@ -163,12 +173,6 @@ def _base(identifier: str | None, folder: str | None) -> Markdown | None:
     if identifier is not None:
         return Markdown(f"[{escape(identifier)}](https://huggingface.co/{identifier})")
     return None if folder is None else Markdown(f"a local model, {code_span(folder)},")
-
-
-def _existing_tags(readme: Path) -> list[str]:
-    if not readme.exists():
-        return []
-    return listed(ModelCard.load(readme, ignore_metadata_errors=True).data.get("tags"))
 
 
 def _procedure(optimizer: torch.optim.Optimizer) -> str:

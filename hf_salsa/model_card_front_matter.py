@@ -1,9 +1,11 @@
-"""The YAML at the head of a model card: it reads back exactly as it was given."""
+"""The YAML at the head of a model card: it reads back as it was given; the tags in one's own."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from huggingface_hub import metadata_load
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -31,3 +33,29 @@ def front_matter(data: dict[str, Any]) -> str:
     # On one line each: folded, some values would be hard to read.
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     return f"---\n{text}---"
+
+
+def tags_of(readme: Path) -> list[str] | None:
+    """Return the tags of a card that may be there; None if it has no front matter to read."""
+    if not readme.exists() or not readme.read_bytes().strip():
+        return []
+    try:
+        data = metadata_load(readme)
+    except Exception:  # decoding, YAML and what makes values of it each have their own
+        return None
+    if data is None:
+        return None
+    tags = data.get("tags") or []
+    if isinstance(tags, str):
+        return [tags]
+    return [tag for tag in tags if tag is not None] if isinstance(tags, list) else None
+
+
+def keep_aside(path: Path) -> Path:
+    """Rename a file to a name that is free beside it, and return that one."""
+    kept = path.with_name(f"{path.name}.bak")
+    number = 2
+    while kept.exists():
+        kept = path.with_name(f"{path.stem}-{number}{path.suffix}.bak")
+        number += 1
+    return path.rename(kept)

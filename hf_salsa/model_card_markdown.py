@@ -28,12 +28,12 @@ def escape(text: object) -> Markdown:
     """Return Markdown that shows `text`, on one line."""
     if isinstance(text, Markdown):
         return text
-    return Markdown(_START.sub(r"\1\\", _INLINE.sub(r"\\\g<0>", _one_line(text))))
+    return Markdown(_START.sub(r"\1\\", _INLINE.sub(r"\\\g<0>", one_line(text))))
 
 
 def code_span(text: object) -> Markdown:
     """Return Markdown that shows `text` as code within a line."""
-    line = _one_line(text) or " "  # nothing is no code
+    line = one_line(text) or " "  # nothing is no code
     fence = "`" * (_longest_run(line) + 1)
     # A backtick at an end would belong to the fence; the reader drops the space.
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -67,7 +67,7 @@ def render(template: Path, **values: object) -> str:
     return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 
 
-def _one_line(text: object) -> str:
+def one_line(text: object) -> str:
     """Return `text` on one line; what neither a reader nor UTF-8 can show becomes U+FFFD."""
     line = " ".join(str(text).split())
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in line)

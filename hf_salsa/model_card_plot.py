@@ -2,9 +2,15 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .model_card_markdown import one_line
 from .model_card_results import Evaluation, is_finite_number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_Curve: TypeAlias = list[tuple[int, float]]  # (step, value)
 
 
 def plot(path: Path, training: list[dict[str, Any]], evaluations: list[Evaluation]) -> bool:
@@ -19,8 +25,7 @@ def plot(path: Path, training: list[dict[str, Any]], evaluations: list[Evaluatio
     if min(len(losses), len(rates)) < 2:
         return False
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         warnings.warn(
             "The model card has no plot of loss and step size: matplotlib is not installed. "
@@ -28,6 +33,15 @@ def plot(path: Path, training: list[dict[str, Any]], evaluations: list[Evaluatio
             stacklevel=3,
         )
         return False
+    figure = _draw(losses, rates, evaluations)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _draw(losses: _Curve, rates: _Curve, evaluations: list[Evaluation]) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Not pyplot: it keeps global state, and may open a window.
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -40,7 +54,8 @@ def plot(path: Path, training: list[dict[str, Any]], evaluations: list[Evaluatio
             if evaluation.dataset == name and is_finite_number(evaluation.metrics.get("loss"))
         ]
         if points:
-            label = "evaluation" if name is None else f"evaluation, {name}"
+            label = "evaluation" if name is None else f"evaluation, {one_line(name)}"
+            label = label.replace("$", r"\$")  # a pair of them would be mathematics
             top.plot(*zip(*points, strict=True), "o", markersize=5, label=label)
             top.legend(frameon=False)
     top.set_ylabel("loss")
@@ -54,5 +69,4 @@ def plot(path: Path, training: list[dict[str, Any]], evaluations: list[Evaluatio
     for panel in (top, bottom):
         panel.grid(alpha=0.3, which="both")
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure

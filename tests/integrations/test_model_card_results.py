@@ -315,3 +315,23 @@ def test_card_of_a_real_resumed_run(tmp_path, bert, sentences):
     assert "weight_decay=0.1 (0.0 in other parameter groups)" in card
     assert {r.dataset_split for r in ModelCard(card).data.eval_results} == {"a", "b"}
     assert (tmp_path / "run" / "step_size_and_loss.png").exists()
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a $ b", "\udcff", "a\nb"], ids=ascii)
+def test_plot_names_any_evaluation_set(write, name):
+    history = [train(1, 0.7, 1e-3), train(2, 0.6, 1e-3), evaluation(2, f"eval_{name}", loss=0.5)]
+    assert "(step_size_and_loss.png)" in write(history)
+
+
+def test_metrics_with_the_names_of_other_columns(write):
+    metrics = {"step_size": 8.5, "training_loss": 9.5, "Step": 6.5}
+    lines = section(write([evaluation(10, **metrics), end(10)]), "### Training results")
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "0.2",
+        "10",
+        "No log",
+        "No log",
+        "8.5000",
+        "9.5000",
+        "6.5000",
+    ]
