@@ -20,9 +20,11 @@ from .model_card_front_matter import front_matter, keep_aside, tags_of
 from .model_card_markdown import Markdown, code_block, code_span, escape, render
 from .model_card_plot import plot
 from .model_card_results import (
+    Evaluation,
     best_step_of,
     eval_results_of,
     evaluations_of,
+    is_finite_number,
     metric_label,
     metric_tags,
     metric_text,
@@ -31,9 +33,11 @@ from .model_card_results import (
     step_size_text,
 )
 from .model_card_subject import (
+    DataSet,
     base_model,
     data_set_names,
     data_sets_of,
+    is_adapter,
     library,
     listed,
     loading_code,
@@ -98,6 +102,7 @@ def write_model_card(
     output_dir.mkdir(parents=True, exist_ok=True)
     readme = output_dir / "README.md"
     bare_model = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
+    adapter = is_adapter(model, bare_model)
     base_id, base_folder = base_model(bare_model, finetuned_from)
     kept_tags = tags_of(readme)
     title = model_name or output_dir.resolve().name
@@ -108,57 +113,46 @@ def write_model_card(
     evaluations = evaluations_of(state.log_history, best_step)
     results = results_of(evaluations, best_step)
 
-    eval_results = eval_results_of(results, listed(tasks) or tasks_of(bare_model), data_sets)
-    card_data = ModelCardData(
+    metadata = _metadata(
+        title,
+        results,
+        data_sets,
+        listed(tasks) or tasks_of(bare_model),
         library_name=library(model, bare_model),
         # Without one, transformers asks the hub for that of the base model.
         license=TrainingSummary(title, license=license, finetuned_from=base_id).license,
         language=listed(language) or None,
         base_model=base_id,
         tags=[*listed(tags), *(kept_tags or []), "generated_from_trainer", "hf_salsa"],
-        datasets=[entry.tag for entry in data_sets if entry.tag is not None] or None,
-        metrics=metric_tags(results) or None,
-        model_name=title,
-        eval_results=eval_results or None,
     )
-    if not eval_results:
-        card_data.pop("model_name")  # only the name of the results
-
+    code = loading_code(
+        model,
+        bare_model,
+        processing_class,
+        path=arguments.hub_model_id or title,
+        base=base_id or base_folder or "base_model",
+    )
+    costs, has_median = _costs(state.log_history)
     card = render(
         _TEMPLATE,
-        front_matter=Markdown(front_matter(card_data.to_dict())),  # type: ignore[no-untyped-call]
+        front_matter=Markdown(front_matter(metadata)),
         title=title,
-        base=_base(base_id, base_folder),
+        origin=_origin(bare_model, base_id, base_folder, adapter),
         data=data_set_names(data_sets),
         steps=state.global_step,
         best_step=best_step,
-        results=[
-            {
-                "dataset": result.dataset,
-                "step": result.step,
-                "lines": [
-                    (metric_label(key), metric_text(value)) for key, value in result.metrics.items()
-                ],
-            }
-            for result in results
-        ],
+        results=results,
+        metric_label=metric_label,
+        metric_text=metric_text,
         plot=_PLOT if plot(output_dir / _PLOT, training, evaluations) else None,
-        loading=code_block(
-            loading_code(
-                model,
-                bare_model,
-                processing_class,
-                path=arguments.hub_model_id or title,
-                base=base_id or base_folder or "base_model",
-            ),
-            "python",
-        ),
+        loading=code_block(code, "python"),
         procedure=Markdown(_procedure(optimizer)),
         plain_optimizer="AdamW" if _is_adam(optimizer) else "SGD",
         hyperparameters=_hyperparameters(state, arguments, optimizer),
-        report=_search_report(state.log_history),
+        costs=costs,
+        has_median=has_median,
         table=results_table(training, evaluations),
-        versions=_versions(is_adapter=bare_model is not model),
+        versions=_versions(is_adapter=adapter),
     )
     if kept_tags is None:
         warnings.warn(
@@ -169,10 +163,39 @@ def write_model_card(
     readme.write_text(f"{card.strip()}\n", encoding="utf-8", newline="\n")
 
 
-def _base(identifier: str | None, folder: str | None) -> Markdown | None:
-    if identifier is not None:
-        return Markdown(f"[{escape(identifier)}](https://huggingface.co/{identifier})")
-    return None if folder is None else Markdown(f"a local model, {code_span(folder)},")
+def _metadata(
+    title: str, results: list[Evaluation], data_sets: list[DataSet], tasks: list[str], **given: Any
+) -> dict[str, Any]:
+    """Return what the hub reads of the card: what is `given`, the data sets and the results."""
+    eval_results = eval_results_of(results, tasks, data_sets)
+    card_data = ModelCardData(
+        datasets=[entry.tag for entry in data_sets if entry.tag is not None] or None,
+        metrics=metric_tags(results) or None,
+        model_name=title,
+        eval_results=eval_results or None,
+        **given,
+    )
+    if not eval_results:
+        card_data.pop("model_name")  # only the name of the results
+    metadata: dict[str, Any] = card_data.to_dict()  # type: ignore[no-untyped-call]
+    return metadata
+
+
+def _origin(
+    model: nn.Module, base_id: str | None, base_folder: str | None, adapter: bool
+) -> Markdown:
+    """Return what the model was made from: `is a fine-tuned version of ...` and the like."""
+    if base_id is not None:
+        base = f"[{escape(base_id)}](https://huggingface.co/{base_id})"
+    elif base_folder is not None:
+        base = f"a local model, {code_span(base_folder)},"
+    elif adapter:
+        base = f"a model, {code_span(type(model).__name__)},"
+    else:
+        return Markdown("was trained from scratch")
+    if adapter:
+        return Markdown(f"is an adapter of {base.removesuffix(',')}, trained")
+    return Markdown(f"is a fine-tuned version of {base}")
 
 
 def _procedure(optimizer: torch.optim.Optimizer) -> str:
@@ -215,13 +238,14 @@ def _paper_rule(settings: dict[str, Any]) -> str:
 
 
 def _plus_rule(settings: dict[str, Any]) -> str:
+    fast, ever = (f"{settings[name]:.3g}" for name in ("steps_to_double_fast", "steps_to_double"))
     return (
         f"it finds on the mini-batches themselves: it starts at {settings['first_share']:.3g} of "
-        f"what the first one allows, may double within {_steps(settings['steps_to_double_fast'])} "
-        "as long as new mini-batches want more of the steps that were taken, and within "
-        f"{_steps(settings['steps_to_double'])} ever after, and stays below the bound at which "
-        f"the loss, a parabola through one trial, falls by at least {settings['c']} of what the "
-        f"slope predicts (after {_PAPER})"
+        f"what the first one allows, may double within {_count(fast, 'step')} as long as new "
+        "mini-batches want more of the steps that were taken, and within "
+        f"{_count(ever, 'step')} ever after, and stays below the bound at which the loss, a "
+        f"parabola through one trial, falls by at least {settings['c']} of what the slope "
+        f"predicts (after {_PAPER})"
     )
 
 
@@ -229,8 +253,8 @@ def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
     return "betas" in optimizer.param_groups[0]
 
 
-def _steps(count: float) -> str:
-    return f"{count:.3g} {'step' if count == 1 else 'steps'}"
+def _count(number: int | str, one: str, many: str | None = None) -> str:
+    return f"{number} {one if str(number) == '1' else many or f'{one}s'}"
 
 
 def _hyperparameters(
@@ -241,21 +265,24 @@ def _hyperparameters(
     batch_size = state.train_batch_size or arguments.train_batch_size
     accumulated = arguments.gradient_accumulation_steps
     processes = arguments.world_size
+    settings = _settings(optimizer)
     steps = str(state.global_step)
     if state.max_steps > state.global_step:
         steps += f" of {state.max_steps} planned"
+    if state.epoch is not None:
+        steps += f" ({_count(f'{state.epoch:.4g}', 'epoch')})"
     # On a CPU fp16 runs in float32.
     mixed_precision = arguments.mixed_precision
     if mixed_precision == "fp16" and arguments.device.type == "cpu":
         mixed_precision = "no"
     hyperparameters: list[tuple[str, Any]] = [
-        ("optimizer", f"{type(optimizer).__name__} with {_settings(optimizer)}"),
+        ("optimizer", " with ".join(filter(None, [type(optimizer).__name__, settings]))),
         ("train_batch_size (per device)", batch_size),
         ("gradient_accumulation_steps", accumulated),
         ("processes", processes),
         ("total_train_batch_size", batch_size * accumulated * processes),
         ("eval_batch_size (per device)", arguments.eval_batch_size),
-        ("training steps", f"{steps} ({state.epoch or 0:.4g} epochs)"),
+        ("training steps", steps),
         ("seed", arguments.seed),
         ("mixed_precision", mixed_precision),
     ]
@@ -278,22 +305,35 @@ def _settings(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join(settings)
 
 
-def _search_report(log_history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return what the searches cost; an interrupted run logged only a part of it."""
+def _costs(log_history: list[dict[str, Any]]) -> tuple[list[str], bool]:
+    """Return lines on what the searches cost, and whether a median step size is among them."""
     reports = [entry for entry in log_history if "salsa/trials" in entry]
     if not reports:
-        return None
-    report = reports[-1]
-    share = report.get("salsa/extra_forward_share")
-    return {
-        "searches": report["salsa/searches"],
-        "trials": report["salsa/trials"],
-        "share": None if share is None else f"{100 * share:.1f} %",
-        "failed_searches": report.get("salsa/failed_searches"),
-        "skipped_steps": report.get("salsa/skipped_steps"),
-        "median": step_size_text(report.get("salsa/median_step_size")),
-        "final": step_size_text(report.get("salsa/final_step_size")),
-    }
+        return [], False
+    report = {key.removeprefix("salsa/"): value for key, value in reports[-1].items()}
+    # An interrupted run logged a part of this, up to a step before its last.
+    searches = _count(report["searches"], "search", "searches")
+    lines = [
+        f"{searches} in {_count(report['step'], 'step')}",
+        _count(report["trials"], "extra forward pass", "extra forward passes"),
+    ]
+    if "extra_forward_share" in report:
+        share = 100 * report["extra_forward_share"]
+        lines[1] += f", {share:.1f} % of all forward passes of training"
+    if "failed_searches" in report:
+        failed = _count(report["failed_searches"], "failed search", "failed searches")
+        lines.append(f"{failed}, which kept the step size of before")
+    if "skipped_steps" in report:
+        skipped = _count(report["skipped_steps"], "skipped step")
+        lines.append(f"{skipped}, at which the loss or a gradient was not finite")
+    # The median is that of the log; without one the trainer only knows the last step size.
+    was_logged = any("loss" in entry and "learning_rate" in entry for entry in log_history)
+    names = ("median", "final") if was_logged else ("final",)
+    sizes = {name: report.get(f"{name}_step_size") for name in names}
+    known = [f"{name} {step_size_text(size)}" for name, size in sizes.items() if size is not None]
+    if known:
+        lines.append(f"step size: {', '.join(known)}")
+    return lines, is_finite_number(sizes.get("median"))
 
 
 def _versions(is_adapter: bool) -> dict[str, str]:

@@ -66,6 +66,11 @@ def base_model(model: nn.Module, finetuned_from: str | None) -> tuple[str | None
     return None, folder.resolve().name if os.path.isdir(folder) else folder.name
 
 
+def is_adapter(model: nn.Module, bare_model: nn.Module) -> bool:
+    """Return whether an adapter was trained: PEFT's wrapper, or its layers inside of a model."""
+    return bare_model is not model or getattr(model, "_hf_peft_config_loaded", False)
+
+
 def tasks_of(model: nn.Module) -> list[str]:
     """Return the task that the model's class was made for; as in Trainer, the last that fits."""
     mappings: dict[str, dict[str, Any]] = TASK_MAPPING  # type: ignore[assignment]
@@ -143,9 +148,9 @@ def loading_code(
         imports.append(f"from {'your_script' if module == '__main__' else module} import {name}")
 
     pretrained = isinstance(bare_model, PreTrainedModel)
+    wrapped = bare_model is not model  # by PEFT
     labels = bare_model.config.num_labels if isinstance(bare_model, PreTrainedModel) else 2
-    is_adapter = bare_model is not model
-    if pretrained and is_adapter:
+    if pretrained and wrapped:
         # Two labels are the default; any other number is not written in the base model.
         options = f", num_labels={labels}" if labels != 2 else ""
         code = [f"model = {name}.from_pretrained({_quoted(base)}{options})"]
@@ -153,7 +158,7 @@ def loading_code(
         code = [f"model = {name}.from_pretrained({_quoted(path)})"]
     else:
         code = [f"model = {name}(...)  # as it was made for training"]
-    if is_adapter:
+    if wrapped:
         imports.append("from peft import PeftModel")
         code.append(f"model = PeftModel.from_pretrained(model, {_quoted(path)})")
     elif not pretrained:

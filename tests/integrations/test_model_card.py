@@ -111,10 +111,10 @@ cool_down=0.0
 
 ### What the search cost
 
-- searches: 60 in 100 steps
-- extra forward passes: 90, 47.4 % of all forward passes of training
-- failed searches, which keep the step size of before: 2
-- skipped steps, at which the loss or a gradient was not finite: 1
+- 60 searches in 100 steps
+- 90 extra forward passes, 47.4 % of all forward passes of training
+- 2 failed searches, which kept the step size of before
+- 1 skipped step, at which the loss or a gradient was not finite
 - step size: median 3.14e-05, final 2.5e-05
 
 The median step size is the rate to try in a plain AdamW run.
@@ -349,6 +349,22 @@ def test_settings_of_parameter_groups(write, bert):
     card = write(optimizer=optimizer)
     assert "weight_decay=0.01 (0.0 in other parameter groups), max_trials" in card
     assert "by at least 0.4 of what" in card
+
+
+class KeywordOnly(SaLSaAdam):
+    def __init__(self, params, *, c=0.3, max_search_interval=10):
+        super().__init__(params, c=c, max_search_interval=max_search_interval)
+
+
+class Passing(SaLSaAdam):
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+
+
+def test_settings_by_keyword_only(write):
+    card = write(optimizer=KeywordOnly, settings={"c": 0.4})
+    assert "- optimizer: KeywordOnly with c=0.4, max_search_interval=10\n" in card
+    assert "- optimizer: Passing\n" in write(optimizer=Passing)
 
 
 def test_versions(monkeypatch):

@@ -1,5 +1,6 @@
 """The Python code of the model card: it is run, and loads the model."""
 
+import ast
 import sys
 
 import pytest
@@ -76,6 +77,52 @@ def test_loading_code_of_an_adapter(write, bert, monkeypatch, tmp_path, labels):
     model.eval()
     loaded.eval()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+def adapter(model, **options):
+    return get_peft_model(model, LoraConfig(target_modules=["query"], **options))
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ("", "an adapter of a model, `BertForSequenceClassification`, trained on"),
+        ("/somewhere/my-base", "an adapter of a local model, `my-base`, trained on"),
+        ("org/base", "an adapter of [org/base](https://huggingface.co/org/base), trained on"),
+    ],
+)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_adapter_is_not_trained_from_scratch(write, bert, base, sentence, explicit):
+    model = bert()
+    model.config._name_or_path = "" if explicit else base
+    card = write(model=adapter(model), finetuned_from=base if explicit else None)
+    assert f"This model is {sentence} an unknown dataset, without" in card
+    assert "from scratch" not in card
+    assert "- peft " in card
+
+
+def test_adapter_inside_of_the_model_is_one_too(write, bert):
+    model = bert()
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    card = write(model=model)
+    assert "an adapter of a model, `BertForSequenceClassification`, trained on" in card
+    assert "from scratch" not in card
+
+
+def test_adapter_of_a_plain_module(write):
+    model = get_peft_model(Tiny(), LoraConfig(target_modules=["linear"]))
+    assert "This model is an adapter of a model, `Tiny`, trained on" in write(model=model)
+
+
+@pytest.mark.parametrize("name", ['a "b"', "it's ```", "back\\slash"])
+def test_code_of_an_adapter_holds_any_name(write, bert, name):
+    model = bert()
+    model.config._name_or_path = f"/somewhere/{name}"
+    card = write(model=adapter(model), model_name=name)
+    fence = card[card.index("## How to load") :].split("\n", 3)[2].removesuffix("python")
+    code = card.split(f"{fence}python\n")[1].split(f"\n{fence}\n")[0]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert strings == [name, name]
 
 
 class Tiny(nn.Module):

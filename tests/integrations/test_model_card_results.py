@@ -48,7 +48,11 @@ def test_without_logs_no_plot(write):
     assert "png" not in card
     row = {"Epoch": "2", "Step": "100", "Training Loss": "No log", "Step Size": "No log"}
     assert table(card) == [row | {"Validation Loss": "0.5000"}]
-    assert "- searches: 60 in 100 steps" in section(card, "### What the search cost")
+    # The step size of the last step is known, that of the others is not.
+    costs = section(card, "### What the search cost")
+    assert costs[0] == "- 60 searches in 100 steps"
+    assert costs[-1] == "- step size: final 2.5e-05"
+    assert "median" not in card
 
 
 def test_interrupted_run(write):
@@ -56,15 +60,44 @@ def test_interrupted_run(write):
     history = [train(1, 0.7, 0.5, trials=15), train(40, 0.6, 1e-4, trials=55)]
     card = write(history, state={"max_steps": 100})
     assert section(card, "### What the search cost") == [
-        "- searches: 40 in 40 steps",
-        "- extra forward passes: 55",
+        "- 40 searches in 40 steps",
+        "- 55 extra forward passes",
     ]
+    # Of the steps after the last line of the log nothing is known.
+    later = write(history, state={"max_steps": 100, "global_step": 45})
+    assert "- 40 searches in 40 steps\n" in later
     assert "- training steps: 40 of 100 planned (0.8 epochs)" in card
     card = write([])
     assert section(card, "### What the search cost") == [
         "The run ended before its totals were logged."
     ]
     assert "- training steps: 0 (0 epochs)" in card
+
+
+def test_one_of_everything(write):
+    history = [train(1, 0.7, 0.5), evaluation(1, loss=0.7)]
+    report = {"searches": 1, "trials": 1, "failed_searches": 1, "extra_forward_share": 0.5}
+    card = write([*history, end(1, **report)], state={"epoch": 1.0, "max_steps": 2})
+    assert section(card, "### What the search cost")[:4] == [
+        "- 1 search in 1 step",
+        "- 1 extra forward pass, 50.0 % of all forward passes of training",
+        "- 1 failed search, which kept the step size of before",
+        "- 1 skipped step, at which the loss or a gradient was not finite",
+    ]
+    assert "after step 1 of 1:" in card
+    assert "- training steps: 1 of 2 planned (1 epoch)\n" in card
+
+
+def test_only_what_was_measured(write):
+    report = {"salsa/searches": 3, "salsa/trials": 4, "salsa/failed_searches": 0}
+    card = write([{**report, "step": 5}], state={"epoch": None})
+    assert section(card, "### What the search cost") == [
+        "- 3 searches in 5 steps",
+        "- 4 extra forward passes",
+        "- 0 failed searches, which kept the step size of before",
+    ]
+    assert "- training steps: 5\n" in card
+    assert "None" not in card
 
 
 def test_resumed_run(write):
@@ -79,7 +112,7 @@ def test_resumed_run(write):
         end(20, searches=12, trials=33),
     ]
     card = write(history)
-    assert "- searches: 12 in 20 steps" in card
+    assert "- 12 searches in 20 steps" in card
     assert [(row["Step"], row["Training Loss"], row["Step Size"]) for row in table(card)] == [
         ("10", "0.7000", "0.001"),
         ("20", "0.6000", "0.0001"),
@@ -162,6 +195,7 @@ def test_values_that_are_not_finite(write):
         card = write(history)
     assert "- Loss: nan\n- F1: inf\n- Accuracy: 0.5000\n" in card
     assert "median nan, final 2.5e-05" in card
+    assert "the rate to try" not in card
     assert "(step_size_and_loss.png)" in card
     (result,) = ModelCard(card).data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.5)
@@ -305,8 +339,8 @@ def test_card_of_a_real_resumed_run(tmp_path, bert, sentences):
         model=trainer.model,
     )
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    assert f"- searches: {optimizer.counters.searches} in 6 steps" in card
-    assert f"- extra forward passes: {optimizer.counters.trials}, " in card
+    assert f"- {optimizer.counters.searches} searches in 6 steps" in card
+    assert f"- {optimizer.counters.trials} extra forward passes, " in card
     assert f"final {optimizer.step_size:.3g}\n" in card
     rows = table(card)
     assert [row["Step"] for row in rows] == ["3", "6"]
