@@ -4,12 +4,10 @@ Trainer's own card would claim a learning rate, a schedule and an AdamW that wer
 """
 
 import importlib.metadata
-import inspect
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerState, TrainingArguments
@@ -43,10 +41,10 @@ from .model_card_subject import (
     loading_code,
     tasks_of,
 )
+from .optimizers import LineSearchOptimizer
 
 _PLOT = "step_size_and_loss.png"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
-_PAPER = "[Kenneweg, Kenneweg, Fumagalli, Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)"
 
 
 def write_model_card(
@@ -54,7 +52,7 @@ def write_model_card(
     *,
     state: TrainerState,
     arguments: TrainingArguments,
-    optimizer: torch.optim.Optimizer,
+    optimizer: LineSearchOptimizer,
     model: nn.Module,
     processing_class: object | None = None,
     data: object | None = None,
@@ -147,7 +145,7 @@ def write_model_card(
         plot=_PLOT if plot(output_dir / _PLOT, training, evaluations) else None,
         loading=code_block(code, "python"),
         procedure=Markdown(_procedure(optimizer)),
-        plain_optimizer="AdamW" if _is_adam(optimizer) else "SGD",
+        plain_optimizer="AdamW" if optimizer.base_name == "Adam" else optimizer.base_name,
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         costs=costs,
         has_median=has_median,
@@ -198,59 +196,11 @@ def _origin(
     return Markdown(f"is a fine-tuned version of {base}")
 
 
-def _procedure(optimizer: torch.optim.Optimizer) -> str:
+def _procedure(optimizer: LineSearchOptimizer) -> str:
     """Return how the optimizer finds its step sizes, in a paragraph of Markdown."""
-    settings = optimizer.param_groups[0]
-    plus = "first_share" in settings
-    name, base = type(optimizer).__name__, "Adam" if _is_adam(optimizer) else "SGD"
-    rule = _plus_rule(settings) if plus else _paper_rule(settings)
-    if settings.get("cool_down"):
-        schedule = (
-            f"No rate was set; over the last {100 * settings['cool_down']:.3g} % of the run the "
-            "step size fell linearly to 0"
-        )
-    else:
-        schedule = "No rate and no schedule was set"
-    interval = settings["max_search_interval"]
-    if interval == 1:
-        when = "every step"
-    elif plus:
-        when = (
-            f"every step in the beginning, and ever less often later, up to {interval} steps apart"
-        )
-    else:
-        when = (
-            "every step as long as the step size moved, and up to "
-            f"{interval} steps apart where it had come to rest"
-        )
-    return (
-        f"{code_span(name)} takes {base}'s steps with a step size that {rule}. {schedule}; "
-        f"the search ran at {when}."
-    )
-
-
-def _paper_rule(settings: dict[str, Any]) -> str:
-    averaged = ", both averaged over the steps" if settings.get("beta3") else ""
-    return (
-        "a line search finds on the mini-batch itself: the largest of those tried at which the "
-        f"loss falls by at least {settings['c']} of what the slope predicts{averaged} ({_PAPER})"
-    )
-
-
-def _plus_rule(settings: dict[str, Any]) -> str:
-    fast, ever = (f"{settings[name]:.3g}" for name in ("steps_to_double_fast", "steps_to_double"))
-    return (
-        f"it finds on the mini-batches themselves: it starts at {settings['first_share']:.3g} of "
-        f"what the first one allows, may double within {_count(fast, 'step')} as long as new "
-        "mini-batches want more of the steps that were taken, and within "
-        f"{_count(ever, 'step')} ever after, and stays below the bound at which the loss, a "
-        f"parabola through one trial, falls by at least {settings['c']} of what the slope "
-        f"predicts (after {_PAPER})"
-    )
-
-
-def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
-    return "betas" in optimizer.param_groups[0]
+    name = code_span(type(optimizer).__name__)
+    rule = optimizer.rule.describe()
+    return f"{name} takes {optimizer.base_name}'s steps with a step size that {rule}."
 
 
 def _count(number: int | str, one: str, many: str | None = None) -> str:
@@ -258,7 +208,7 @@ def _count(number: int | str, one: str, many: str | None = None) -> str:
 
 
 def _hyperparameters(
-    state: TrainerState, arguments: TrainingArguments, optimizer: torch.optim.Optimizer
+    state: TrainerState, arguments: TrainingArguments, optimizer: LineSearchOptimizer
 ) -> list[tuple[str, Any]]:
     """Return (name, value) of all that had an effect on the run."""
     # With auto_find_batch_size only the state knows the batch size.
@@ -293,15 +243,14 @@ def _hyperparameters(
     return hyperparameters
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> str:
+def _settings(optimizer: LineSearchOptimizer) -> str:
     """Return the arguments of the optimizer as `name=value, ...`."""
     settings = []
-    for name in inspect.signature(type(optimizer)).parameters:
-        if name != "params" and name in optimizer.param_groups[0]:
-            values = dict.fromkeys(str(group[name]) for group in optimizer.param_groups)
-            first, *others = values
-            note = f" ({', '.join(others)} in other parameter groups)" if others else ""
-            settings.append(f"{name}={first}{note}")
+    for name in optimizer.default_settings():
+        values = dict.fromkeys(str(group[name]) for group in optimizer.param_groups)
+        first, *others = values
+        note = f" ({', '.join(others)} in other parameter groups)" if others else ""
+        settings.append(f"{name}={first}{note}")
     return ", ".join(settings)
 
 
