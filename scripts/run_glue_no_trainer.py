@@ -20,35 +20,16 @@ Evaluation and a checkpoint after each epoch; the data flags are those of run_gl
 three lines differ, marked (1) to (3): optimizer, `BatchObjective` instead of a scheduler, loss.
 """
 
-import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from run_glue import (
-    DEFAULT_MODEL,
-    EMBEDDED_NOTICE,
-    DataArguments,
-    ModelArguments,
-    data_name,
-    load_data,
-    load_model_and_tokenizer,
-    make_compute_metrics,
-    make_model_and_tokenizer,
-    metric_config,
-    tokenize,
-)
-from script_utils import ScriptArgumentParser, UsageError, check_processes, prepare_output_dir
+from accelerate import Accelerator
+from support import glue, loop, runs
+from support.command_line import ScriptArgumentParser
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
-    EvalPrediction,
     TrainerState,
     get_cosine_schedule_with_warmup,
     set_seed,
@@ -56,149 +37,55 @@ from transformers import (
 
 from hf_salsa import OPTIMIZERS, BatchObjective
 
-STATE_NAME = "trainer_state.json"  # the name, and the content, that Trainer gives it
-
-
-@dataclass
-class LoopArguments:
-    """How to train."""
-
-    output_dir: str = field(metadata={"help": "Where model, checkpoint and results go."})
-    optim: Literal[
-        "salsa_adam",
-        "salsa_sgd",
-        "sls_adam",
-        "sls_sgd",
-        "salsa_adam_plus",
-        "salsa_sgd_plus",
-        "adamw_torch",
-    ] = field(
-        default="salsa_adam",
-        metadata={"help": "A line search, or for comparison AdamW (10 %% warm-up, cosine decay)."},
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak rate of adamw_torch. A line search has none."}
-    )
-    num_train_epochs: int = field(default=5, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Examples of one forward pass of one process."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "The same in evaluation."}
-    )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Forward passes of each process for one update."}
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(
-        default="no", metadata={"help": "Autocast to this type; fp16 needs a GPU."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU."})
-    seed: int = field(default=42, metadata={"help": "Of weights, dropout and order of the data."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: the last one in output_dir; or a folder."}
-    )
-    process_index: int = field(init=False, default=0)  # for prepare_output_dir
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.optim in OPTIMIZERS and self.learning_rate is not None:
-            raise ValueError(f"learning_rate has no meaning with optim={self.optim}: leave it out")
-        if self.optim not in OPTIMIZERS and self.learning_rate is None:
-            raise ValueError(f"optim={self.optim} needs a learning_rate, for example 2e-5")
-
-
-def make_accelerator(args: LoopArguments) -> Accelerator:
-    """Return the accelerator, or raise a `UsageError` where it would train something else."""
-    accelerator = Accelerator(
-        cpu=args.use_cpu,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # The order of the data is a function of seed and epoch, so that a resumed run repeats it.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    check_processes(accelerator.num_processes)
-    if args.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise UsageError("mixed_precision=fp16 needs a GPU; bf16 works on a CPU as well")
-    return accelerator
-
-
-def evaluate(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    loaders: Mapping[str, DataLoader],
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
-) -> dict[str, float]:
-    """Return the metrics of each validation set over the examples of all processes."""
-    metrics = {}
-    model.eval()
-    for name, loader in loaders.items():
-        logits, labels = [], []
-        for batch in loader:
-            with torch.no_grad():
-                outputs = model(**batch)
-            # Leaves out the examples that fill up the last batch of some processes.
-            gathered = accelerator.gather_for_metrics((outputs.logits, batch["labels"]))
-            logits.append(gathered[0].cpu().numpy())
-            labels.append(gathered[1].cpu().numpy())
-        prediction = EvalPrediction(np.concatenate(logits), np.concatenate(labels))
-        for key, value in compute_metrics(prediction).items():
-            metrics[f"{name}_{key}"] = float(value)
-    model.train()
-    return metrics
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainerState) -> None:
-    """Save what a resumed run needs, and remove the checkpoint of before."""
-    folder = output_dir / f"checkpoint-{state.global_step}"
-    accelerator.save_state(folder)  # each process its random streams
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        state.save_to_json(str(folder / STATE_NAME))  # last: it marks a complete checkpoint
-        for older in output_dir.glob("checkpoint-*"):
-            if older != folder:
-                shutil.rmtree(older)
+ARGUMENTS = (glue.ModelArguments, glue.DataArguments, loop.LoopArguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line by default."""
-    parser = ScriptArgumentParser((ModelArguments, DataArguments, LoopArguments), __file__, __doc__)
+    # Parse
+    parser = ScriptArgumentParser(ARGUMENTS, __file__, __doc__)
     model_args, data_args, args = parser.parse(argv)
-    embedded = not data_args.task_name and not data_args.train_file
-    with parser.user_errors():
-        accelerator = make_accelerator(args)
-        data = load_data(data_args)
-        set_seed(args.seed)
-        if embedded and model_args.model_name_or_path is None:
-            model, tokenizer = make_model_and_tokenizer(data)
-        else:
-            name = model_args.model_name_or_path or DEFAULT_MODEL
-            model, tokenizer = load_model_and_tokenizer(name, data)
-        args.process_index = accelerator.process_index
-        checkpoint = prepare_output_dir(args, data_args.overwrite_output_dir)
-    if embedded:
-        accelerator.print(EMBEDDED_NOTICE)
-    max_length = min(model_args.max_seq_length, tokenizer.model_max_length)
-    tokenized = tokenize(data, tokenizer, max_length)
-    collator = DataCollatorWithPadding(tokenizer)
-    eval_loaders = {
-        split.replace("validation", "eval"): accelerator.prepare(
-            DataLoader(dataset, args.per_device_eval_batch_size, collate_fn=collator)
-        )
-        for split, dataset in tokenized.items()
-        if split != "train"
-    }
-    train_loader = DataLoader(
-        tokenized["train"], args.per_device_train_batch_size, shuffle=True, collate_fn=collator
-    )
-    compute_metrics = make_compute_metrics(metric_config(data, data_args.task_name))
 
+    # Load
+    with parser.user_errors():
+        accelerator = loop.make_accelerator(args)
+        data = glue.load_data(data_args)
+        set_seed(args.seed)
+        model, tokenizer = glue.model_and_tokenizer(model_args, data_args, data)
+        args.process_index = accelerator.process_index
+        checkpoint = runs.prepare_output_dir(args, data_args.overwrite_output_dir)
+    if glue.is_embedded(data_args):
+        accelerator.print(glue.EMBEDDED_NOTICE)
+    tokenized = glue.tokenize(data, tokenizer, model_args.max_seq_length)
+    train_loader, eval_loaders = loop.make_loaders(
+        args, tokenized, DataCollatorWithPadding(tokenizer)
+    )
+    eval_loaders = {name: accelerator.prepare(loader) for name, loader in eval_loaders.items()}
+    compute_metrics = glue.make_compute_metrics(glue.metric_config(data, data_args.task_name))
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        return loop.evaluate(accelerator, model, eval_loaders, compute_metrics)
+
+    # Train
+    accelerator.print(
+        f"{glue.data_name(data_args)} with {args.optim}; processes: {accelerator.num_processes}"
+    )
+    model, state = train(args, accelerator, model, train_loader, evaluate, checkpoint)
+
+    # Save
+    loop.save_model(accelerator, args, model, tokenizer, state)
+    accelerator.end_training()
+
+
+def train(
+    args: loop.LoopArguments,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    train_loader: DataLoader,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]],
+    checkpoint: str | None,
+) -> tuple[torch.nn.Module, TrainerState]:
+    """Train, with an evaluation and a checkpoint after each epoch; return the model and the log."""
     objective = scheduler = None
     if args.optim == "adamw_torch":
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
@@ -221,13 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def loss_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch).loss
 
-    output_dir, state = Path(args.output_dir), TrainerState()
-    if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_NAME))
-    accelerator.print(
-        f"{data_name(data_args)} with {args.optim}; processes: {accelerator.num_processes}"
-    )
+    state = loop.load_checkpoint(accelerator, checkpoint)
     model.train()
     for epoch in range(int(state.epoch or 0), args.num_train_epochs):
         train_loader.set_epoch(epoch)
@@ -246,20 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             "epoch": state.epoch,
             "loss": accelerator.gather(torch.stack(losses)).mean().item(),
             "learning_rate": optimizer.param_groups[0]["lr"],  # of a line search: its step size
-            **evaluate(accelerator, model, eval_loaders, compute_metrics),
+            **evaluate(model),
         }
         if objective:
             entry["salsa/trials"] = optimizer.optimizer.counters.trials
         state.log_history.append(entry)
         accelerator.print(", ".join(f"{key} {value:.4g}" for key, value in entry.items()))
-        save_checkpoint(accelerator, output_dir, state)
-
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
-        results = {**state.log_history[-1], "num_processes": accelerator.num_processes}
-        (output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
-    accelerator.end_training()
+        loop.save_checkpoint(accelerator, args, state)
+    return model, state
 
 
 if __name__ == "__main__":

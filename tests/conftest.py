@@ -1,7 +1,5 @@
-import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub must fail
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -21,52 +19,6 @@ torch.set_num_threads(1)  # tiny models: threads only cost
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("reproducible")
-
-SCRIPT_FLAGS = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2"]
-
-
-class ScriptResult(NamedTuple):
-    """What one run of a script left behind."""
-
-    folder: Path
-    stdout: str
-
-    def json(self, name):
-        return json.loads((self.folder / name).read_text())
-
-    def log(self, key):
-        """The values of `key` in the log, in order."""
-        history = self.json("trainer_state.json")["log_history"]
-        return [entry[key] for entry in history if key in entry]
-
-
-@pytest.fixture
-def run_script(tmp_path, capsys):
-    """Runs the main function of a script for two steps; flags given later win."""
-
-    def run(script, *flags, output_dir="out"):
-        folder = tmp_path / output_dir
-        script.main(["--output_dir", str(folder), *SCRIPT_FLAGS, *map(str, flags)])
-        return ScriptResult(folder, capsys.readouterr().out)
-
-    return run
-
-
-@pytest.fixture
-def error(tmp_path, capsys):
-    """Runs a script with wrong flags and returns its one line of complaint."""
-
-    def run(script, *flags):
-        with pytest.raises(SystemExit) as exit_:
-            script.main(["--output_dir", str(tmp_path / "out"), *SCRIPT_FLAGS, *map(str, flags)])
-        message = capsys.readouterr().err
-        assert exit_.value.code == 2
-        assert message.startswith(f"{script.__name__}.py: error: ")
-        assert message.count("\n") == 1
-        assert not (tmp_path / "out" / "trainer_state.json").exists()
-        return message
-
-    return run
 
 
 @pytest.fixture

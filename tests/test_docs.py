@@ -223,6 +223,8 @@ def names_nothing(word):
 @each_document
 def test_files_that_commands_and_prose_name_exist(document):
     """Paths below the folders of the repository, and tests by name."""
+    if document == "CHANGELOG.md":
+        pytest.skip("it names what there was at the time")
     words = [w for block in blocks(document) for command in commands(block) for w in command]
     words += [word for code in re.findall(r"`([^`\n]+)`", prose(document)) for word in code.split()]
     assert not [word for word in words if names_nothing(word)]

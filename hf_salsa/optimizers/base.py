@@ -163,7 +163,8 @@ class LineSearchOptimizer(Optimizer):
         """Return name -> default of every setting but `total_steps`, in the order to show them."""
         stated = inspect.signature(cls.__init__).parameters
         known = {n: getattr(cls.rule_type, n) for n in names_of(cls.rule_type)} | cls.options
-        return {name: getattr(stated.get(name), "default", value) for name, value in known.items()}
+        defaults = {n: parameter.default for n, parameter in stated.items() if n in known}
+        return defaults | {n: value for n, value in known.items() if n not in defaults}
 
     @property
     def rule(self) -> StepSizeRule[Any]:

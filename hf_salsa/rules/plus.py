@@ -195,11 +195,15 @@ class Plus(StepSizeRule[PlusState]):
             )
         return (
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
-            f"the first one allows, may double within {self.steps_to_double_fast:.3g} steps as "
-            "long as new mini-batches want more of the steps that were taken, and within "
-            f"{self.steps_to_double:.3g} steps ever after, and stays below the bound at which the "
+            f"the first one allows, may double within {_steps(self.steps_to_double_fast)} as long "
+            "as new mini-batches want more of the steps that were taken, and within "
+            f"{_steps(self.steps_to_double)} ever after, and stays below the bound at which the "
             "loss, a parabola through one trial, falls by at least "
             f"{self.c} of what the slope predicts (after [Kenneweg, Kenneweg, Fumagalli, Hammer, "
             f"IJCNN 2024](https://arxiv.org/abs/2407.20650)). {self.describe_tail()}; the search "
             f"ran at {when}"
         )
+
+
+def _steps(number: float) -> str:
+    return f"{number:.3g} step{'' if number == 1 else 's'}"

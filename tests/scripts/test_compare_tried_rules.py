@@ -1,13 +1,14 @@
 """The rules of `compare.py --preset study`: each does what its name says."""
 
-import compare
 import pytest
 import torch
-import tried_rules
-from test_compare import carry_out, prose_run
+from comparison import tried_rules
+from comparison.candidates import TRIED
+from comparison_helpers import carry_out, prose_run
 from torch import nn
 
 from hf_salsa import BatchObjective
+from hf_salsa.rules import Line
 
 
 def weight(*values):
@@ -27,7 +28,7 @@ def take_step(optimizer, param, target):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", compare.TRIED)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_tried_rule_trains_and_is_another_one(tmp_path, name):
     results = carry_out(prose_run(tmp_path, name))
     assert results["losses"][-1] < results["losses"][0]
@@ -38,20 +39,21 @@ def test_a_tried_rule_trains_and_is_another_one(tmp_path, name):
     assert results["configuration"] != base["configuration"]
 
 
-def choose(optimizer, loss, evaluate, slope=1.0):
-    settings, state = optimizer._search_settings(), optimizer._search_state()
-    return optimizer._choose(
-        settings, state, evaluate, loss=loss, slopes=[slope], resolution=1e-12
-    )[0]
+def choose(optimizer, loss, evaluate, slope=1.0, state=None):
+    """One search of the optimizer's rule, from its first state if none is given."""
+    rule = optimizer.rule
+    state = state or rule.state_type(rule.initial_step_size)
+    return rule.search(state, Line(evaluate, loss=loss, slope=slope, resolution=1e-12))
 
 
 def test_ponos_starts_at_polyaks_step_size_and_lets_the_loss_rise():
     optimizer = tried_rules.NonMonotone([weight(1.0)])
-    record = choose(optimizer, 0.5, lambda eta: 0.0)
+    record, state = choose(optimizer, 0.5, lambda eta: 0.0)
     assert record.step_size == pytest.approx(5 / 2**3)  # 0 <= 0.5 - eta / 2
-    assert choose(optimizer, 4.0, lambda eta: -10.0).step_size == pytest.approx(10.0)
+    record, state = choose(optimizer, 4.0, lambda eta: -10.0, state=state)
+    assert record.step_size == pytest.approx(10.0)
     # The reference is 4, then (0.5 + 4) / 2 < 4: the larger; then (2 * 4 + 1) / 3 = 3.
-    record = choose(optimizer, 1.0, lambda eta: 2.9)
+    record, _ = choose(optimizer, 1.0, lambda eta: 2.9, state=state)
     assert record.step_size == pytest.approx(10 / 2**6)  # 2.9 <= 3 - eta / 2
 
 
@@ -62,7 +64,7 @@ def test_adaptive_backtracking_shrinks_by_what_was_missed():
         tried.append(eta)
         return 1 - eta + 500 * eta**2
 
-    record = choose(tried_rules.AdaptiveBacktracking([weight(1.0)]), 1.0, parabola)
+    record, _ = choose(tried_rules.AdaptiveBacktracking([weight(1.0)]), 1.0, parabola)
     assert record.accepted
     assert parabola(record.step_size) <= 1 - 0.3 * record.step_size
     # v = (1 - 500 eta) / 0.3; factor 0.9 * 0.7 / (1 - 0.3 v).

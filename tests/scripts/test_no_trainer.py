@@ -15,15 +15,21 @@ import run_glue
 import run_glue_no_trainer as script
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from running import tiny_bert_config
 from safetensors.torch import load_file
+from support import loop
+from support.checkpoints import fault_of
+from support.glue import load_embedded_data, make_model_and_tokenizer
+from support.runs import last_checkpoint
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     set_seed,
 )
 
-ROOT = Path(__file__).parents[1]
+from hf_salsa import OPTIMIZERS
+
+ROOT = Path(__file__).parents[2]
 # 44 examples in batches of 8: the last batch of an epoch, and the last update, are smaller.
 FLAGS = {
     "use_cpu": True,
@@ -41,19 +47,12 @@ def command_line(**flags):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Folders of a tiny BERT and its tokenizer, with dropout and without."""
-    _, tokenizer = run_glue.make_model_and_tokenizer(run_glue.load_embedded_data(), vocab_size=500)
+    _, tokenizer = make_model_and_tokenizer(load_embedded_data(), vocab_size=500)
     folders = {}
     for dropout in (0.1, 0.0):
         set_seed(0)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=tokenizer.model_max_length,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+        config = tiny_bert_config(
+            tokenizer, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
         )
         folders[dropout] = tmp_path_factory.mktemp("tiny")
         BertForSequenceClassification(config).save_pretrained(folders[dropout])
@@ -96,12 +95,7 @@ def assert_same_weights(*folders):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"optim": "salsa_adam"},
-        {"optim": "salsa_sgd"},
-        {"optim": "sls_adam"},
-        {"optim": "sls_sgd"},
-        {"optim": "salsa_adam_plus"},
-        {"optim": "salsa_sgd_plus"},
+        *({"optim": name} for name in OPTIMIZERS),
         {"optim": "adamw_torch", "learning_rate": 1e-3},
     ],
     ids=lambda flags: flags["optim"],
@@ -179,8 +173,8 @@ def test_an_update_that_the_gradient_scaler_skips_is_dropped(run, monkeypatch, a
                 lambda grad: grad * torch.inf if next(backward_passes) == 3 else grad
             )
 
-    make = script.make_accelerator
-    monkeypatch.setattr(script, "make_accelerator", make_accelerator)
+    make = loop.make_accelerator
+    monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
     monkeypatch.setattr(script, "BatchObjective", Overflowing)
     run(
         max_train_samples=32,
@@ -209,14 +203,42 @@ def test_resumed_run_equals_the_straight_run(run, monkeypatch, flags):
         save(*args)
         raise KeyboardInterrupt
 
-    save = script.save_checkpoint
+    save = loop.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(script, "save_checkpoint", save_and_stop)
+        patch.setattr(loop, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run("resumed", **flags)
     resumed, _ = run("resumed", **flags, resume_from_checkpoint=True)
     assert log(resumed) == log(straight)
     assert_same_weights(resumed, straight)
+
+
+def test_checkpoints_that_another_wrote_stay(run, tmp_path):
+    for name in ("checkpoint-best", "checkpoint-3", "checkpoint-5"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    folder, _ = run(overwrite_output_dir=True)
+    names = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-3", "checkpoint-best"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"optim": "adamw_torch", "learning_rate": 1e-3}], ids=str)
+def test_its_checkpoints_are_complete_and_damage_is_seen(run, capsys, flags):
+    folder, _ = run(**flags)
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint == folder / "checkpoint-12"
+    for name in ("optimizer.bin", "random_states_0.pkl", "model.safetensors"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:99])
+        assert fault_of(checkpoint).startswith(f"{name} cannot be read")
+        with pytest.raises(SystemExit):
+            run(**flags, resume_from_checkpoint=True)
+        assert "no checkpoint to resume from" in capsys.readouterr().err
+        (checkpoint / name).unlink()
+        assert fault_of(checkpoint).startswith("it has no ")
+        (checkpoint / name).write_bytes(content)
+    assert fault_of(checkpoint) is None
 
 
 @pytest.mark.parametrize(
@@ -273,6 +295,7 @@ def launch(line, **flags):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_trains_as_one_process_does(run, tiny, tmp_path):
     """2 x 4 = 1 x 8 in step sizes, losses and metrics; 21 examples are 21, not 22."""
@@ -290,11 +313,12 @@ def test_torchrun_trains_as_one_process_does(run, tiny, tmp_path):
 
 
 def test_every_process_trains_the_same_tokenizer():
-    data = run_glue.load_embedded_data()
-    one, two = (run_glue.make_model_and_tokenizer(data)[1].get_vocab() for _ in range(2))
+    data = load_embedded_data()
+    one, two = (make_model_and_tokenizer(data)[1].get_vocab() for _ in range(2))
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accelerate_launch_starts_two_processes(tmp_path):
     """On the embedded data, model and tokenizer."""
@@ -308,6 +332,7 @@ def test_accelerate_launch_starts_two_processes(tmp_path):
     assert results["salsa/trials"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_run_glue_under_torchrun(tmp_path):
     """`Trainer`, to the finished model card."""

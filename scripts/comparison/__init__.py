@@ -1,0 +1,1 @@
+"""The parts of `compare.py`: tasks, candidates, runs, the grid, and the report of its results."""

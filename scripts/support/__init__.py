@@ -1,0 +1,1 @@
+"""What the training scripts share: command line, checkpoints, data, models, metrics."""

@@ -1,0 +1,152 @@
+"""The comparison's tasks and candidates: each is what its name says."""
+
+import dataclasses
+import json
+import runpy
+
+import compare
+import pytest
+import torch
+from comparison import candidates, loaders
+from comparison.candidates import BY_DEFAULT, CALIBRATED, CANDIDATES
+from comparison.grid import be_quiet
+from comparison.loaders import Sources, load_text
+from comparison.runs import Run, make_trainer, prepare
+from comparison.tasks import PRESETS
+from comparison_helpers import SMOKE, carry_out, prose_run
+from support.text import DataArguments, load_texts
+
+from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
+
+ABLATIONS = {
+    "plus_slow_growth": {"confidence": 1e9},
+    "plus_any_growth": {"confidence": -1e9},
+    "plus_full_start": {"first_share": 1.0},
+    "plus_gradient": {"direction": "gradient"},
+    "plus_no_averages": {"beta3": 0.0},
+    "plus_no_cool_down": {"cool_down": 0.0},
+}
+
+
+def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
+    assert {*ABLATIONS, "plus_no_clipping"} == candidates.ABLATIONS.keys()
+    assert {*candidates.ABLATIONS, *candidates.TRIED, *BY_DEFAULT} == set(CANDIDATES)
+    assert not {*candidates.ABLATIONS, *candidates.TRIED} & set(BY_DEFAULT)
+    whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    for name, changed in ABLATIONS.items():
+        run = prose_run(tmp_path, name)
+        prepared = prepare(run.task.kind, json.dumps(run.task.settings), Sources())
+        trainer = make_trainer(run, prepared)
+        assert type(trainer.optimizer) is SaLSaAdamPlus
+        (group,) = trainer.optimizer.param_groups
+        assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
+        assert run.configuration["candidate"] == {"optim": "salsa_adam_plus", **changed}
+        assert trainer.args.max_grad_norm == 1.0
+    unclipped = candidates.ABLATIONS["plus_no_clipping"].arguments
+    assert unclipped == {"optim": "salsa_adam_plus", "max_grad_norm": 0.0}
+
+
+def test_the_study_is_of_the_rules_that_were_tried():
+    studied = compare.parse_args(["--preset", "study"]).candidates
+    assert candidates.TRIED.keys() == set(studied) - {
+        *(CALIBRATED, "schedule_free", "salsa_adam", "salsa_adam_plus")
+    }
+    named = compare.parse_args(["--preset", "study", "--candidates", "plus_gradient"]).candidates
+    assert named == ["plus_gradient"]
+    used = {seed for task in PRESETS["cpu"].values() for seed in (*task.seeds, 100, 101)}
+    for task in PRESETS["study"].values():
+        assert not used & {*task.seeds, *task.calibration_seeds}
+
+
+@pytest.mark.filterwarnings("error:Ignored with")
+def test_an_ablation_knows_the_length_of_its_run(tmp_path):
+    results = carry_out(prose_run(tmp_path, "plus_slow_growth"))
+    assert results["status"] == "finished"
+    sizes = results["step_sizes"]
+    assert sizes[-1] < 0.2 * max(sizes)
+    assert sizes[0] == pytest.approx(max(sizes), rel=0.1)
+
+
+def test_paper_candidates_follow_the_papers_schedule(tmp_path):
+    task = PRESETS["cpu"]["mrpc"]
+    arguments = Run("mrpc", task, "adam", task.adam_rate, 0, tmp_path).arguments
+    assert arguments == {
+        "optim": "adamw_torch_fused",
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+    }
+    flat = dataclasses.replace(task, flat=True)
+    arguments = Run("mrpc", flat, "sgd", 0.1, 0, tmp_path).arguments
+    assert arguments == {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    # The calibrated baseline warms up and decays everywhere; line searches have neither.
+    arguments = Run("mrpc", flat, CALIBRATED, 1e-4, 0, tmp_path).arguments
+    assert arguments["lr_scheduler_type"] == "cosine"
+    assert Run("mrpc", task, "salsa_sgd", None, 0, tmp_path).arguments == {"optim": "salsa_sgd"}
+
+
+def test_fine_tuning_starts_from_weights_of_the_other_half(tmp_path, monkeypatch):
+    be_quiet()
+    settings = SMOKE["prose"].settings | {
+        "pretraining": {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    }
+    sources = Sources(pretrained_dir=str(tmp_path))
+    scratch = load_text(sources, **SMOKE["prose"].settings)
+    prepared = load_text(sources, **settings)
+    (folder,) = tmp_path.iterdir()
+    assert folder.is_dir()
+    with monkeypatch.context() as context:
+        context.setattr(loaders, "Trainer", None)  # it is not trained again
+        again = load_text(sources, **settings)
+    weights = [prepared.make_model().state_dict(), again.make_model().state_dict()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    def loss(model):
+        inputs = torch.tensor(prepared.validation["input_ids"][:])
+        with torch.no_grad():
+            return model.eval()(input_ids=inputs, labels=inputs).loss.item()
+
+    assert loss(prepared.make_model()) < loss(scratch.make_model()) - 0.1
+    train, _ = prepared.make_train(0)
+    text = load_texts(DataArguments())[0]
+    second_half = text[: SMOKE["prose"].settings["max_characters"]][10_000:]
+    vocabulary = prepared.arguments["processing_class"]
+    assert vocabulary.decode(train["input_ids"][0]) == second_half[:32]
+    assert len(train) == len(second_half) // 32
+    other = settings | {"pretraining": settings["pretraining"] | {"max_steps": 3}}
+    load_text(sources, **other)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_commands_that_repeat_a_comparison():
+    assert compare.command_of("smoke") == "python scripts/compare.py --preset smoke"
+    assert compare.command_of("cpu").endswith(" --glue_dir GLUE --text_file shakespeare.txt")
+
+
+LABELS = {
+    "sls_adam": "Adam + SLS",
+    "sls_sgd": "SGD + SLS",
+    "salsa_adam": "Adam + SaLSa",
+    "salsa_sgd": "SGD + SaLSa",
+    "salsa_adam_plus": "Adam + SaLSa plus",
+    "salsa_sgd_plus": "SGD + SaLSa plus",
+}
+
+
+def test_every_optimizer_of_the_package_is_a_candidate():
+    labels = {name: CANDIDATES[name].label for name in OPTIMIZERS}
+    assert labels | LABELS == labels
+    assert set(OPTIMIZERS) < set(BY_DEFAULT)
+    for name in OPTIMIZERS:
+        assert CANDIDATES[name].arguments == {"optim": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "label"),
+    [("salsa_muon", "SaLSaMuon", "Muon + SaLSa"), ("muon_search", "SearchedMuon", "SearchedMuon")],
+)
+def test_a_new_optimizer_is_a_candidate_too(monkeypatch, name, kind, label):
+    monkeypatch.setitem(OPTIMIZERS, name, type(kind, (SaLSaAdam,), {}))
+    again = runpy.run_path(candidates.__file__)
+    assert again["CANDIDATES"][name].label == label
+    assert name in again["BY_DEFAULT"]
