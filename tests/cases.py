@@ -79,6 +79,11 @@ class Case:
         return self.cls.rule_type
 
     @property
+    def family(self):
+        """The class whose checkpoints these are: SLS is SaLSa with other settings."""
+        return self.cls.__name__.replace("SLS", "SaLSa").replace("SaSaLSa", "SaLSa")
+
+    @property
     def adam(self):
         return self.cls.base_name == "Adam"
 

@@ -67,6 +67,7 @@ class Recorded:
     clip_factor: object = 1.0
     gradient_norm: object = None
     recorded: bool = True
+    with_gradients: bool = False
     cleared: int = field(default=0)
 
     def __call__(self):
@@ -131,18 +132,20 @@ def bowl(params, step):
 
 # --- steps on which something is not finite -----------------------------------------------------
 
-CAUSES = ["nan loss", "inf loss", "nan gradient", "inf gradient", "-inf gradient", "nan closure"]
+CAUSES = ["nan gradient", "inf gradient", "-inf gradient"]  # of a step that is skipped
+LOST = ["nan loss", "inf loss", "-inf loss", "nan closure"]  # of a search that fails
 
 
 def spoil(params, cause):
     """Leave the gradients of such a step and return its closure and its loss."""
     loss_fn = partial(network_loss, params, *next(batches(1)))
     loss = backward(params, loss_fn)
-    if cause in ("nan loss", "inf loss"):
-        return loss_fn, loss * float(cause.removesuffix(" loss"))
     if cause == "nan closure":
         return lambda: torch.tensor(math.nan), None
-    params[1].grad[3] = float(cause.removesuffix(" gradient"))
+    value, what = cause.split()
+    if what == "loss":
+        return loss_fn, loss * float(value)
+    params[1].grad[3] = float(value)
     return loss_fn, loss
 
 

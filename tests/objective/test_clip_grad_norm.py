@@ -53,7 +53,7 @@ def clip_by_hand(objective, scaler):
 
 
 def clip(objective, scaler):
-    return objective.clip_grad_norm_(MAX_NORM, scaler)
+    return objective.clip_grad_norm_(MAX_NORM)
 
 
 def train(how, cls=SaLSaAdam, scaler=None):
@@ -61,7 +61,7 @@ def train(how, cls=SaLSaAdam, scaler=None):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
     optimizer = cls(net.parameters())
-    objective = BatchObjective(net, optimizer)
+    objective = BatchObjective(net, optimizer, scaler=scaler)
     found = []
     for _ in range(STEPS):
         x = torch.randn(16, 6)
@@ -96,6 +96,14 @@ def test_clip_grad_norm_sees_through_a_gradient_scaler(how):
     """Scaling by a power of two is exact: the norms and the trajectory are those without."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     assert_same(train(how, scaler=scaler), train(clip))
+
+
+def test_clip_grad_norm_takes_no_scaler():
+    """The constructor has it, so that the objective knows the loss that was differentiated."""
+    net = nn.Linear(6, 1)
+    objective = BatchObjective(net, SaLSaSGD(net.parameters()))
+    with pytest.raises(TypeError, match="positional argument"):
+        objective.clip_grad_norm_(1.0, torch.amp.GradScaler("cpu"))
 
 
 def test_clip_grad_norm_knows_the_scaler_of_accelerate():
@@ -138,10 +146,10 @@ def test_clip_grad_norm_of_an_overflow_skips_the_step():
     net = nn.Linear(6, 1)
     before = [p.detach().clone() for p in net.parameters()]
     optimizer = SaLSaSGD(net.parameters())
-    objective = BatchObjective(net, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    objective = BatchObjective(net, optimizer, scaler=scaler)
     scaler.scale(objective.record(lambda x: net(x).mean() * 3e38, torch.ones(4, 6))).backward()
-    assert not torch.isfinite(objective.clip_grad_norm_(1.0, scaler))
+    assert not torch.isfinite(objective.clip_grad_norm_(1.0))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()

@@ -80,4 +80,4 @@ def test_without_any_step_size_only_the_moments_move(case, outcome):
     assert param.tolist() == [1.0, 2.0]
     name, share = case.momentum
     torch.testing.assert_close(optimizer.state[param][name], share * param.grad)
-    assert optimizer.step_size == 1.0
+    assert optimizer.step_size == optimizer.param_groups[0]["lr"] == 0.0
