@@ -5,6 +5,7 @@ Trainer's own card would claim a learning rate, a schedule and an AdamW that wer
 
 import importlib.metadata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from .model_card_results import (
     best_step_of,
     eval_results_of,
     evaluations_of,
-    is_finite_number,
     metric_label,
     metric_tags,
     metric_text,
@@ -44,6 +44,7 @@ from .model_card_subject import (
 from .optimizers import LineSearchOptimizer
 
 _PLOT = "step_size_and_loss.png"
+_ENOUGH_LOGGED = 20  # losses, to draw a curve
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -54,6 +55,7 @@ def write_model_card(
     arguments: TrainingArguments,
     optimizer: LineSearchOptimizer,
     model: nn.Module,
+    searches: Sequence[tuple[int, float, float]] = (),
     processing_class: object | None = None,
     data: object | None = None,
     model_name: str | None = None,
@@ -69,7 +71,7 @@ def write_model_card(
     """Write `README.md`, the model card of a line-search run, and its plot into `output_dir`.
 
     The plot of training loss and step size, `step_size_and_loss.png`, needs matplotlib and at least
-    two logged training losses; without them the card has none. A card that is there already is
+    two logged training losses or searches; without them the card has none. A card that is there already is
     replaced, but its tags are kept; one whose metadata cannot be read becomes `README.md.bak`.
     Several processes: call it in one.
 
@@ -79,6 +81,8 @@ def write_model_card(
         arguments: The training arguments.
         optimizer: The line-search optimizer that was used, not wrapped by accelerate.
         model: The model that was trained, without the wrappers of distributed training.
+        searches: (step, step size, loss of the mini-batch) of searches of the run, from which a
+            short run shows more than from its few logged losses.
         processing_class: The tokenizer or processor that is saved with the model.
         data: The evaluation (else the training) data. If it is a data set of the hub, it gives the
             defaults of `dataset_tags` and `dataset_args`.
@@ -107,6 +111,8 @@ def write_model_card(
     data_sets = data_sets_of(dataset_tags, dataset, dataset_args, data)
 
     training = [e for e in state.log_history if "loss" in e and "learning_rate" in e]
+    if len(training) < min(_ENOUGH_LOGGED, len(searches)):
+        training = [dict(zip(("step", "learning_rate", "loss"), s, strict=True)) for s in searches]
     best_step = best_step_of(state, arguments)
     evaluations = evaluations_of(state.log_history, best_step)
     results = results_of(evaluations, best_step)
@@ -275,14 +281,11 @@ def _costs(log_history: list[dict[str, Any]]) -> tuple[list[str], bool]:
     if "skipped_steps" in report:
         skipped = _count(report["skipped_steps"], "skipped step")
         lines.append(f"{skipped}, at which the loss or a gradient was not finite")
-    # The median is that of the log; without one the trainer only knows the last step size.
-    was_logged = any("loss" in entry and "learning_rate" in entry for entry in log_history)
-    names = ("median", "final") if was_logged else ("final",)
-    sizes = {name: report.get(f"{name}_step_size") for name in names}
-    known = [f"{name} {step_size_text(size)}" for name, size in sizes.items() if size is not None]
+    sizes = {name: report.get(f"{name}_step_size") for name in ("median", "final")}
+    known = [f"{name} {step_size_text(size)}" for name, size in sizes.items() if size]
     if known:
         lines.append(f"step size: {', '.join(known)}")
-    return lines, is_finite_number(sizes.get("median"))
+    return lines, bool(sizes["median"])
 
 
 def _versions(is_adapter: bool) -> dict[str, str]:

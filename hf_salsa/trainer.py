@@ -393,6 +393,7 @@ class SaLSaTrainerMixin(_Base):
                 arguments=self.args,
                 optimizer=line_search,
                 model=self.accelerator.unwrap_model(self.model),
+                searches=self.run_trace.points,
                 processing_class=self.processing_class,
                 data=self.train_dataset if self.eval_dataset is None else self.eval_dataset,
                 **settings,

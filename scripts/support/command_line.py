@@ -21,6 +21,8 @@ COMMON_DEFAULTS = {  # where the scripts differ from SaLSaTrainingArguments
     "eval_on_start": True,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
+    "logging_steps": 10,  # the step size can be seen finding itself
+    "logging_first_step": True,
     "report_to": "none",
     "save_total_limit": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),  # a CPU run would warn of it
