@@ -71,9 +71,9 @@ def write_model_card(
     """Write `README.md`, the model card of a line-search run, and its plot into `output_dir`.
 
     The plot of training loss and step size, `step_size_and_loss.png`, needs matplotlib and at least
-    two logged training losses or searches; without them the card has none. A card that is there already is
-    replaced, but its tags are kept; one whose metadata cannot be read becomes `README.md.bak`.
-    Several processes: call it in one.
+    two logged training losses or searches; without them the card has none. A card that is there
+    already is replaced, but its tags are kept; one whose metadata cannot be read becomes
+    `README.md.bak`. Several processes: call it in one.
 
     Args:
         output_dir: The folder of the model. Made if it is missing.

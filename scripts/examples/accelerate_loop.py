@@ -29,7 +29,7 @@ model = nn.Sequential(
 optimizer = SaLSaAdam(model.parameters())
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 # After prepare, and told by what accelerator.backward divides each loss.
-objective = BatchObjective(model, optimizer, accelerator.gradient_accumulation_steps)
+objective = BatchObjective(model, optimizer)
 
 
 # It is called again at other weights, so it takes its data as arguments.

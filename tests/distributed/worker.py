@@ -88,7 +88,7 @@ def plain_loop(configuration: dict) -> dict:
     set_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
     model, optimizer = accelerator.prepare(net, SaLSaSGD(net.parameters()))
-    objective = BatchObjective(model, optimizer, gradient_accumulation_steps=2)
+    objective = BatchObjective(model, optimizer)
 
     def loss_fn(x: torch.Tensor) -> torch.Tensor:
         past_wrapper = configuration["trials"] == "bare" and not torch.is_grad_enabled()

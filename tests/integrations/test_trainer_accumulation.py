@@ -88,7 +88,7 @@ def test_accelerate_accumulates(bert, sentences):
         loader = DataLoader(sentences, batch_size=8 // accumulation)
         optimizer = SaLSaAdam(model.parameters())
         model, prepared, loader = accelerator.prepare(model, optimizer, loader)
-        objective = BatchObjective(model, prepared, accelerator.gradient_accumulation_steps)
+        objective = BatchObjective(model, prepared)
         for batch in loader:
             with accelerator.accumulate(model):
                 loss = objective.record(lambda batch, model=model: model(**batch).loss, batch)
