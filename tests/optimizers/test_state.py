@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, each, every_optimizer, silent
+from cases import CASES, every_optimizer, silent
 from problems import (
     Recorded,
     backward,

@@ -58,14 +58,14 @@ def test_words_that_have_not_occurred_change_no_digit_of_the_trial_point():
 
     def closure():
         trials.append(param.detach().clone())
-        return torch.tensor(1.0) - 100 * (len(trials) > 1)
+        return 1.0 + (param.detach().double() @ grad.double())
 
     optimizer.step(closure)
     vhat = torch.zeros(4).addcmul(grad, grad, value=(1 - 0.999) / (1 - 0.999**1))
     direction = grad * (vhat.sqrt() + 1e-8).reciprocal()
     assert optimizer.last_search.accepted
     assert direction[1] != 0 == vhat[1]
-    assert torch.equal(trials[1], -optimizer.last_search.step_size * direction)
+    assert torch.equal(trials[-1], -optimizer.last_search.step_size * direction)
 
 
 def test_the_slope_counts_the_steps_of_each_parameter():
@@ -109,7 +109,8 @@ def test_what_the_losss_precision_cannot_show_is_not_tried(dtype):
     optimizer.step(closure)
     assert optimizer.last_search.outcome == "unresolved"
     spacing = torch.finfo(torch.float64 if dtype is float else dtype).eps
-    assert 0.99 * spacing <= min(tried[1:]) <= 1.01 * spacing / 0.9
+    smallest = min(step for step in tried if step)
+    assert 0.99 * spacing <= smallest <= 1.01 * spacing / 0.9
 
 
 @every_optimizer
