@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,11 @@ from .settings import SETTINGS, SettingFields, check_setting
 _DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
 _PREFIX = "salsa_"
 # Settings that transformers has fields for.
-_STOCK_FIELDS = {"weight_decay": "weight_decay", "betas": "adam_beta1", "eps": "adam_epsilon"}
+_STOCK_FIELDS = {
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+}
 
 
 def _help(name: str) -> str:
@@ -226,30 +231,47 @@ def _given_settings(args: TrainingArguments, name: str) -> dict[str, Any]:
         given += [(n, value, f"optim_args: {n}") for n, value in _parse_optim_args(args)]
     known = OPTIMIZERS[name].default_settings()
     for setting, value, argument in given:
-        check_setting(setting, value, argument)
-        if setting not in known or setting in _STOCK_FIELDS:
-            instead = f" Use {_STOCK_FIELDS[setting]}." if setting in _STOCK_FIELDS else ""
+        if setting in _STOCK_FIELDS:
+            raise ValueError(
+                f"{argument}={value!r} is not allowed: it has a field of its own. Use "
+                f"{_STOCK_FIELDS[setting]} of the training arguments."
+            )
+        if setting not in known:
             raise ValueError(
                 f"{argument}={value!r} is not allowed with optim={name!r}, which has no such "
-                f"setting.{instead} Leave it out, or choose another optimizer."
+                "setting. Leave it out, or choose another optimizer."
             )
+        check_setting(setting, value, argument)
     return {setting: value for setting, value, _ in given}
 
 
 def _parse_optim_args(args: Any) -> list[tuple[str, Any]]:
     """Return (name, value) of each NAME=VALUE of `optim_args`, which commas separate."""
     parsed = []
-    for item in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+    # Commas inside of brackets belong to a value.
+    for item in re.split(r",(?![^(\[]*[)\]])", (args.optim_args or "").replace(" ", "")):
         name, equals, text = item.partition("=")
-        if not equals:
+        if not item:
+            continue
+        if not name or not equals or not text:
             raise ValueError(
-                f"optim_args={args.optim_args!r} is not allowed: it must be NAME=VALUE,... "
+                f"optim_args={args.optim_args!r} is not allowed: it must be NAME=VALUE, with "
+                "commas between several."
             )
-        try:
-            parsed.append((name, ast.literal_eval(text)))
-        except (ValueError, SyntaxError):
-            parsed.append((name, text))  # a word, as of `direction`
+        parsed.append((name, _value_of(text)))
     return parsed
+
+
+def _value_of(text: str) -> Any:
+    """Return a number, a truth value or a tuple if `text` is one, else the word itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return float(text)  # inf
+    except ValueError:
+        return text
 
 
 def _stock_default(name: str) -> Any:

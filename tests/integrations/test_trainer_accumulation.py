@@ -5,18 +5,17 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from trainer_problems import Endless, assert_same_weights, weights
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from hf_salsa import BatchObjective, SaLSaAdam, SaLSaTrainer
 
 
 @pytest.mark.parametrize("optim", ["salsa_adam", "salsa_sgd", "salsa_adam_plus", "salsa_sgd_plus"])
-@pytest.mark.parametrize("model", ["bert", "gpt2"])
-def test_accumulation_gives_the_same_trajectory(request, arguments, sentences, texts, model, optim):
-    data = {"bert": sentences, "gpt2": texts}[model]
+def test_accumulation_gives_the_same_trajectory(arguments, gpt2, texts, optim):
+    """Of a model whose stock loss is the same however a batch is cut."""
     runs = []
     for accumulation in (1, 2, 8):
-        net = request.getfixturevalue(model)(dropout=0.0)
+        net = gpt2(dropout=0.0)
         args = arguments(
             optim=optim,
             gradient_accumulation_steps=accumulation,
@@ -24,7 +23,7 @@ def test_accumulation_gives_the_same_trajectory(request, arguments, sentences, t
             logging_steps=1,
             max_steps=10,
         )
-        trainer = SaLSaTrainer(net, args, train_dataset=data)
+        trainer = SaLSaTrainer(net, args, train_dataset=texts)
         trainer.train()
         sizes = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -34,6 +33,41 @@ def test_accumulation_gives_the_same_trajectory(request, arguments, sentences, t
         assert losses == pytest.approx(runs[0][1], rel=1e-4)
         for name, expected in runs[0][2].items():
             torch.testing.assert_close(net[name], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_the_loss_is_that_of_a_stock_run(arguments, bert, sentences, accumulation):
+    """Stock Trainer adds up what BERT's classification returns: so do the log and the search."""
+    logged = []
+    for cls, optim in ((Trainer, "adamw_torch"), (SaLSaTrainer, "salsa_adam")):
+        args = arguments(
+            optim=optim,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=8 // accumulation,
+            logging_steps=1,
+            max_steps=1,
+        )
+        trainer = cls(bert(), args, train_dataset=sentences)
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["loss"])
+    assert logged[0] == logged[1]
+    assert trainer.line_search.last_search.loss == pytest.approx(logged[1], abs=1e-4)
+
+
+def test_a_search_does_not_depend_on_the_scale_of_the_loss(arguments, bert, sentences):
+    """Cut into 8, BERT's loss is 8 times as large (11): Adam takes the same steps up to eps."""
+    sizes = []
+    for accumulation in (1, 8):
+        args = arguments(
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=8 // accumulation,
+            logging_steps=1,
+        )
+        trainer = SaLSaTrainer(bert(dropout=0.0), args, train_dataset=sentences)
+        trainer.train()
+        entries = trainer.state.log_history
+        sizes.append([entry["learning_rate"] for entry in entries if "loss" in entry])
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-2)
 
 
 def test_plain_loop_accelerate_loop_and_trainer_agree(arguments, bert, sentences):

@@ -36,7 +36,7 @@ def test_log_shows_the_step_size_applied(arguments, bert, sentences, optim):
     assert metrics["salsa/extra_forward_share"] == counters.trials / (counters.trials + 6)
     assert metrics["salsa/failed_searches"] == metrics["salsa/skipped_steps"] == 0
     assert metrics["salsa/final_step_size"] == applied[-1]
-    assert metrics["salsa/median_step_size"] == sorted(applied)[2:4][0] / 2 + sorted(applied)[3] / 2
+    assert metrics["salsa/median_step_size"] == sorted(applied)[2]  # of an even number the lower
     assert trainer.state.log_history[-1]["salsa/trials"] == counters.trials
     json.dumps(metrics)
 

@@ -60,7 +60,9 @@ def test_gradient_clipping_keeps_the_true_slope(arguments, bert, sentences):
     """The first search's slope is <g, -d>: with SGD, clipped by kappa, kappa ||g||^2 (14)."""
     slopes = {}
     for max_grad_norm in (0.0, 0.1):
-        args = arguments(optim="salsa_sgd", max_grad_norm=max_grad_norm, max_steps=1)
+        args = arguments(
+            optim="salsa_sgd", max_grad_norm=max_grad_norm, max_steps=1, logging_steps=1
+        )
         trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)
         trainer.train()
         line = trainer.state.log_history[0]

@@ -96,8 +96,8 @@ def test_mixin_on_a_trainer_with_its_own_loss(arguments, bert, sentences):
         pass
 
     trainer = SaLSaDoubled(bert(), arguments(), train_dataset=sentences)
-    metrics = trainer.train().metrics
-    assert trainer.losses == 6 + metrics["salsa/trials"]
+    trainer.train()
+    assert trainer.losses == 6  # as without a search
 
 
 def test_plain_module_with_tuple_outputs(arguments, sentences):
