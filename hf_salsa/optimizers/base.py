@@ -20,6 +20,7 @@ from .skips import UnreadSkips, give_up_after_too_many
 from .state import (
     Counters,
     RunState,
+    fit,
     names_of,
     read,
     restore_precision,
@@ -263,16 +264,20 @@ class LineSearchOptimizer(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint. Moments keep the precision in which they were saved.
+        """Load a checkpoint. Moments keep the precision in which they are kept.
+
+        A setting that the checkpoint does not know yet keeps the value that it has here.
 
         Args:
             state_dict: What `state_dict()` of the same kind of optimizer returned.
 
         Raises:
-            ValueError: The checkpoint is not of a line-search optimizer.
+            ValueError: The checkpoint is of another optimizer.
         """
-        self._check_loadable(state_dict["param_groups"])
-        super().load_state_dict(with_tensors(state_dict))
+        self._check_loadable(state_dict["param_groups"][0])
+        here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
+        groups = [here | group for group in state_dict["param_groups"]]
+        super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})
         self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
         restore_precision(self, state_dict)
 
@@ -532,20 +537,20 @@ class LineSearchOptimizer(Optimizer):
 
     # --- state
 
-    def _check_loadable(self, groups: list[dict[str, Any]]) -> None:
+    def _check_loadable(self, group: dict[str, Any]) -> None:
         """Refuse the state of another optimizer; name settings that differ."""
-        mine = {*self._shared_names(), *self.options}
-        writer = written_by(groups[0], LineSearchOptimizer)
-        if not mine <= groups[0].keys() or (writer and not issubclass(type(self), writer)):
+        writer = written_by(group, LineSearchOptimizer)
+        if writer is None or fit(type(self), group) < fit(writer, group):
             name = writer.__name__ if writer else "another kind of optimizer"
             raise ValueError(
                 f"This checkpoint was not written by {type(self).__name__} but by {name}. Resume "
                 "with the optimizer that wrote it."
             )
+        here = self.param_groups[0]
         changed = [
-            f"{name}={groups[0][name]!r} (here {self.param_groups[0][name]!r})"
+            f"{name}={group[name]!r} (here {here[name]!r})"
             for name in self.default_settings()
-            if groups[0][name] != self.param_groups[0][name]
+            if name in group and group[name] != here[name]
         ]
         if changed:
             self._warn_once(

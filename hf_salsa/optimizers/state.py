@@ -76,24 +76,25 @@ def write(groups: list[dict[str, Any]], *records: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
-    """Return the optimizer class whose scalars a saved parameter group holds, or None.
+def fit(optimizer: type[Any], group: dict[str, Any]) -> int:
+    """Return how much of an optimizer class's state a saved parameter group holds: all, or 0.
 
-    Of several that fit, that with the most: a rule's state may have held another's names too.
-
-    Args:
-        group: A parameter group of a checkpoint.
-        base: `LineSearchOptimizer`.
+    Of several classes that fit, the one with the most wrote it: a rule's state may have held
+    another's names too.
     """
-    found: list[tuple[int, type[Any]]] = []
+    records = (RunState, optimizer.rule_type.state_type)
+    names = {*optimizer.options, *(name for record in records for name in names_of(record))}
+    return len(names) if names <= group.keys() else 0
+
+
+def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
+    """Return the subclass of `base` that fits a saved parameter group best, or None."""
     classes = list(base.__subclasses__())
     for cls in classes:
         classes += cls.__subclasses__()
-        if "rule_type" in vars(cls):
-            names = {*names_of(cls.rule_type), *names_of(cls.rule_type.state_type), *cls.options}
-            if names <= group.keys():
-                found.append((len(names), cls))
-    return max(found, key=lambda entry: entry[0], default=(0, None))[1]
+    with_rule = [cls for cls in classes if getattr(cls, "rule_type", None) is not None]
+    best = max(with_rule, key=lambda cls: fit(cls, group), default=None)
+    return best if best is not None and fit(best, group) else None
 
 
 def with_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
