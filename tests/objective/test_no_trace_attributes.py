@@ -19,7 +19,7 @@ from kinds import (
 )
 from torch import nn
 
-from hf_salsa import traces
+from hf_salsa import BatchObjective, traces
 
 KINDS = Kinds()
 LARGE = 2**20  # bytes
@@ -434,3 +434,17 @@ def test_there_would_be_a_trace(make, monkeypatch):
     """What these kinds do is seen where nothing is put back."""
     monkeypatch.setattr(traces, "TRACES", ())
     assert traces_of_evaluations(OPTIMIZERS["salsa_sgd"], make) != []
+
+
+def test_what_a_closure_counts_counts_evaluations():
+    """Nobody can put back what a hook keeps in a variable of its own: `evaluating` tells it."""
+    net, all_passes, passes = Net(), [], []
+    optimizer = OPTIMIZERS["sls_sgd"].make(net.parameters())
+    objective = BatchObjective(net, optimizer)
+    net.body.register_forward_hook(lambda *_: all_passes.append(1))
+    net.body.register_forward_hook(lambda *_: None if objective.evaluating else passes.append(1))
+    batch = {"x": torch.ones(3, 4), "more": {"y": torch.zeros(3, 1)}}
+    objective.record(net.loss, batch).backward()
+    optimizer.step()
+    assert len(passes) == 1
+    assert len(all_passes) == 1 + optimizer.counters.trials > 2
