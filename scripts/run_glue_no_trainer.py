@@ -100,9 +100,7 @@ def train(
             get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
         )
     else:
-        objective = BatchObjective(  # (2)
-            model, optimizer, gradient_accumulation_steps=accelerator.gradient_accumulation_steps
-        )
+        objective = BatchObjective(model, optimizer)  # (2)
         optimizer.optimizer.plan(updates * args.num_train_epochs)  # only a cool-down needs it
 
     def loss_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:

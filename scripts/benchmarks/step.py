@@ -144,7 +144,8 @@ class RestingSearch:
 
     def __init__(self, optimizer: SaLSaAdam) -> None:
         self._optimizer = optimizer
-        self._objective = BatchObjective(nn.Module(), optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._objective = BatchObjective(nn.ParameterList(params), optimizer)
         self._norm = torch.tensor(1.0, device=DEVICE)
         # Where the interval is above 1 after a search, that search drops its backup.
         self._interval = optimizer.param_groups[0]["max_search_interval"]
@@ -180,7 +181,7 @@ class RestingSearch:
 
         def prepare() -> None:
             self._reset(False, self._interval)
-            self._objective.record(self._norm.clone)
+            self._objective.record_step(lambda: (self._norm, self._norm))
             self._objective.note_gradient_norm(self._norm)
 
         return Contender(self._optimizer.step, prepare)
