@@ -5,41 +5,46 @@ to put back. To put back one more thing, write such a function and add it there.
 """
 
 import inspect
+import operator
 import random
 import sys
 import warnings
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
-from itertools import islice
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .optimizers.tensors import is_sharded
+
 # Puts back what it remembers of a value, in place, and returns the value.
 Restore: TypeAlias = Callable[[], Any]
 
 _LARGE_TENSOR = 2**20  # bytes: from here on only what a forward pass was seen to write is copied
-_LONG = 1000  # entries: a longer container can only grow
+_LONG = 1000  # entries: of a longer container only which they are is remembered
 _DEPTH = 4  # of containers in containers
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_CONTAINERS = (list, dict, set, deque, tuple)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # FSDP2 exchanges parameters in forward; hooks and compiled code are the module's own business.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"_buffers", "training"}
-_UNTOUCHABLE = (nn.Module, nn.Parameter, torch.optim.Optimizer, torch.utils.data.Dataset)
+_UNTOUCHABLE = (nn.Module, nn.Parameter, torch.optim.Optimizer, torch.utils.data.Dataset, Enum)
 # Whose objects a trainer holds without their being its own state.
 _LIBRARIES = (
     *("torch", "accelerate", "datasets", "tokenizers", "transformers", "peft"),
     __package__.partition(".")[0],
 )
-_DATA = ("train_dataset", "eval_dataset")
+_DATA = ("train_dataset", "eval_dataset", "log_history")
+_MACHINERY = ("state", "control", "args")  # of a trainer, that a loss may write into all the same
 
 
 @dataclass
@@ -51,21 +56,29 @@ class Scene:
         modules: Further modules that the loss uses, as a loss with weights or a teacher.
         owner: What calls the model and may count, log and collect meanwhile: a trainer.
         stable: Large tensors that a forward pass was seen to leave alone; filled by snapshots.
+        moving: Frozen parameters that a forward pass moves (the teacher of a moving average), None
+            before the first one was seen.
+        warned: What was warned of.
     """
 
     model: nn.Module
     modules: tuple[nn.Module, ...] = ()
     owner: object | None = None
-    stable: dict[int, Tensor] = field(default_factory=dict)
+    stable: MutableMapping[int, Tensor] = field(default_factory=WeakValueDictionary)
+    moving: list[nn.Parameter] | None = None
     warned: set[str] = field(default_factory=set)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (name, module) of all modules, each once; a DDP wrapper keeps its own books."""
         seen: set[int] = set()
-        held = (
-            [v for v in vars(self.owner).values() if isinstance(v, nn.Module)] if self.owner else []
-        )
-        for root in (self.model, *self.modules, *held):
+        held = list(vars(self.owner).values()) if self.owner is not None else []
+        for value in [*held]:
+            if isinstance(value, (list, tuple)) and len(value) <= _LONG:
+                held += value
+            elif isinstance(value, dict) and len(value) <= _LONG:
+                held += value.values()
+        roots = [self.model, *self.modules, *(v for v in held if isinstance(v, nn.Module))]
+        for root in roots:
             for name, module in root.named_modules():
                 if id(module) not in seen and not isinstance(module, DistributedDataParallel):
                     seen.add(id(module))
@@ -100,9 +113,9 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 def attributes(scene: Scene) -> Restore:
     """Remember buffers and Python attributes of modules, and the attributes of the owner.
 
-    Numbers, tensors, generators, built-in containers and, one level deep, plain objects (a config,
-    a meter). Parameters, modules, hooks, optimizers, data sets and what did not exist before (a
-    cache that is made when it is needed) are left alone.
+    Numbers, tensors, generators, built-in containers and plain objects (a config, a meter), one in
+    another not. Parameters, modules, hooks, optimizers, data sets, histories and objects that did
+    not exist before (a cache that is made when it is needed) are left alone.
     """
     memory = _Memory(scene)
     restores = [
@@ -120,7 +133,34 @@ def attributes(scene: Scene) -> Restore:
     return restore
 
 
-TRACES: tuple[Callable[[Scene], Restore], ...] = (random_streams, attributes)
+def frozen_parameters(scene: Scene) -> Restore:
+    """Remember parameters that are not trained but that a forward pass moves: a teacher's.
+
+    Which they are shows in the first pass. A frozen body larger than what is trained is not copied
+    for that, so that the first search of a large body with a moving part is not exact.
+    """
+    every = [p for _, module in scene.named_modules() for p in module.parameters(recurse=False)]
+    unknown = scene.moving is None
+    frozen = [p for p in every if not p.requires_grad and not is_sharded(p)]
+    params = frozen if scene.moving is None else scene.moving
+    size = sum(p.nbytes for p in params)
+    copied = not unknown or size <= sum(p.nbytes for p in every if p.requires_grad)
+    saved = [p.detach().clone() for p in params] if copied else []
+    norms = torch._foreach_norm([p.detach() for p in params]) if unknown and params else ()
+
+    def restore() -> None:
+        if unknown and scene.moving is None:  # the first pass is over
+            after = torch._foreach_norm([p.detach() for p in params]) if params else ()
+            same = [bool(a == b) for a, b in zip(norms, after, strict=True)]
+            scene.moving = [p for p, unmoved in zip(params, same, strict=True) if not unmoved]
+        for param, value in zip(params, saved, strict=False):
+            if not torch.equal(param, value):
+                param.copy_(value)
+
+    return restore
+
+
+TRACES: tuple[Callable[[Scene], Restore], ...] = (random_streams, attributes, frozen_parameters)
 
 
 class Snapshot:
@@ -156,15 +196,12 @@ def without_trace(scene: Scene) -> Iterator[None]:
 def _is_owner_state(name: str, value: Any) -> bool:
     """Return whether an attribute of a trainer is its own, not the machinery of a library."""
     library = type(value).__module__.partition(".")[0] in _LIBRARIES
-    return (
-        name not in _DATA
-        and not _is_untouchable(value)
-        and (not library or isinstance(value, (Tensor, *_GENERATORS)))
-    )
+    known = isinstance(value, (Tensor, *_GENERATORS)) or name in _MACHINERY
+    return name not in _DATA and not _is_untouchable(value) and (not library or known)
 
 
 def _is_untouchable(value: Any) -> bool:
-    if type(value) in _CONTAINERS or type(value) is Tensor:  # quick, and the most
+    if isinstance(value, _CONTAINERS) or type(value) is Tensor:  # quick, and the most
         return False
     return isinstance(value, (*_UNTOUCHABLE, type)) or inspect.isroutine(value)
 
@@ -177,7 +214,11 @@ class _Memory:
         self._seen: dict[int, Restore] = {}
 
     def of_attributes(
-        self, name: str, attributes: dict[str, Any], wanted: Callable[[str, Any], bool]
+        self,
+        name: str,
+        attributes: dict[str, Any],
+        wanted: Callable[[str, Any], bool],
+        inside: bool = False,
     ) -> Restore:
         """Remember the attributes of an object, its `__dict__`."""
         plain: dict[str, Any] = {}
@@ -188,14 +229,18 @@ class _Memory:
             if type(value) in _SCALARS:
                 plain[key] = value
             elif wanted(key, value):
-                others[key] = self.of_value(f"{name}.{key}", value)
+                others[key] = self.of_value(f"{name}.{key}", value, inside=inside)
 
         def restore() -> None:
             # Through the dictionary: a setter or a module's __setattr__ may do more.
+            for key in attributes.keys() - plain.keys() - others.keys() - _MODULE_INTERNALS:
+                if type(attributes[key]) in _SCALARS:  # a count that the first pass began
+                    del attributes[key]
             for key, value in plain.items():
                 now = attributes.get(key, _MISSING)
-                # A cache that was None and is there now is left: the next pass would make it anew.
-                if now is not value and (value is not None or isinstance(now, _SCALARS)):
+                # An object that was None is most likely a cache, compiled code, a connection.
+                simple = now is _MISSING or isinstance(now, (*_SCALARS, *_CONTAINERS, Tensor))
+                if now is not value and (value is not None or simple):
                     attributes[key] = value
             for key, remembered in others.items():
                 value = remembered()
@@ -204,59 +249,73 @@ class _Memory:
 
         return restore
 
-    def of_value(self, name: str, value: Any, depth: int = _DEPTH) -> Restore:
-        """Remember a value of any kind."""
+    def of_value(self, name: str, value: Any, depth: int = _DEPTH, inside: bool = False) -> Restore:
+        """Remember a value of any kind; `inside` of a plain object no further one."""
         if id(value) in self._seen:
             return self._seen[id(value)]
         if isinstance(value, _SCALARS) or _is_untouchable(value):
             return lambda: value
         self._seen[id(value)] = lambda: value  # an object that holds itself
-        self._seen[id(value)] = restore = self._of_new(name, value, depth)
+        self._seen[id(value)] = restore = self._of_new(name, value, depth, inside)
         return restore
 
-    def _of_new(self, name: str, value: Any, depth: int) -> Restore:
+    def _of_new(self, name: str, value: Any, depth: int, inside: bool) -> Restore:
         if isinstance(value, Tensor):
             return self._of_tensor(name, value)
         if isinstance(value, np.ndarray):
             return _of_array(value)
         if isinstance(value, _GENERATORS):
             return _of_generator(value)
-        if type(value) in _CONTAINERS or type(value) is tuple:
-            return self._of_container(name, value, depth)
-        if depth == _DEPTH and hasattr(value, "__dict__"):  # the attribute itself is an object
-            inside = self.of_attributes(name, vars(value), lambda key, v: not _is_object(v))
+        if isinstance(value, _CONTAINERS):
+            shallow = depth == 0 or len(value) > _LONG
+            return self._of_container(name, value, 0 if shallow else depth, inside)
+        return (lambda: value) if inside else self._of_object(name, value)
 
-            def restore() -> Any:
-                inside()
-                return value
+    def _of_object(self, name: str, value: Any) -> Restore:
+        """Remember the attributes of a plain object: a meter, a config."""
+        own = value.__dict__ if hasattr(value, "__dict__") else {}
+        in_dictionary = self.of_attributes(name, own, _is_state_of_object, inside=True)
+        slots = [slot for cls in type(value).__mro__ for slot in vars(cls).get("__slots__", ())]
+        in_slots = {
+            slot: self.of_value(f"{name}.{slot}", getattr(value, slot), inside=True)
+            for slot in slots
+            if hasattr(value, slot) and slot not in ("__dict__", "__weakref__")
+        }
 
-            return restore
-        return lambda: value
+        def restore() -> Any:
+            in_dictionary()
+            for slot, remembered in in_slots.items():
+                object.__setattr__(value, slot, remembered())
+            return value
 
-    def _of_container(self, name: str, value: Any, depth: int) -> Restore:
-        if depth == 0 or (len(value) > _LONG and type(value) is not tuple):
-            return _of_length(value)
+        return restore
+
+    def _of_container(self, name: str, value: Any, depth: int, inside: bool) -> Restore:
+        def remembered(key: Any, entry: Any) -> Restore:
+            if depth == 0:
+                return lambda: entry
+            return self.of_value(f"{name}[{key!r}]", entry, depth - 1, inside)
+
         if isinstance(value, dict):
-            entries = {k: self.of_value(f"{name}[{k!r}]", v, depth - 1) for k, v in value.items()}
+            entries = {key: remembered(key, entry) for key, entry in value.items()}
+            put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
 
             def restore_dict() -> Any:
-                then = {key: remembered() for key, remembered in entries.items()}
-                if list(map(id, value.values())) != list(map(id, then.values())) or list(
-                    value
-                ) != list(then):
+                then = {key: entry() for key, entry in entries.items()}
+                if not _same(value.values(), then.values()) or list(value) != list(then):
                     value.clear()
-                    dict.update(value, then)  # a Counter's own would add
+                    for key, entry in then.items():
+                        put(value, key, entry)
                 return value
 
             return restore_dict
-        items = [self.of_value(f"{name}[{i}]", v, depth - 1) for i, v in enumerate(value)]
+        items = [remembered(i, entry) for i, entry in enumerate(value)]
 
         def restore_items() -> Any:
-            then = [remembered() for remembered in items]
-            if type(value) is tuple or list(map(id, value)) == list(map(id, then)):
-                return value
-            value.clear()
-            (value.update if isinstance(value, set) else value.extend)(then)
+            then = [item() for item in items]
+            if not isinstance(value, tuple) and not _same(value, then):
+                value.clear()
+                (value.update if isinstance(value, set) else value.extend)(then)
             return value
 
         return restore_items
@@ -272,7 +331,7 @@ class _Memory:
             counted = version is not None and _version(tensor) == version
             if saved is None:
                 if not counted:
-                    del stable[id(tensor)]
+                    stable.pop(id(tensor), None)
                     self._warn(name)
                 return tensor
             if tensor.shape != saved.shape:
@@ -284,9 +343,11 @@ class _Memory:
             if compare and torch.equal(tensor, saved):
                 if large:
                     stable[id(tensor)] = tensor
-            elif not _overlaps(tensor):
+            else:
+                # Of an expanded tensor one element stands for all.
+                index = tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())
                 with torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(saved)
+                    tensor[index].copy_(saved[index])
             return tensor
 
         return restore
@@ -305,21 +366,18 @@ class _Memory:
 _MISSING = object()
 
 
-def _is_object(value: Any) -> bool:
-    """Return whether a value is neither number, container, tensor nor generator."""
-    known = (*_SCALARS, *_CONTAINERS, tuple, Tensor, np.ndarray, *_GENERATORS)
-    return not isinstance(value, known)
+def _is_state_of_object(name: str, value: Any) -> bool:
+    return name not in _DATA and not _is_untouchable(value)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Return whether two collections hold the very same objects in the same order."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _version(tensor: Tensor) -> int | None:
     """Return the count of in-place changes, or None where torch keeps none."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Return whether elements share memory (an expanded tensor): nothing can write to it."""
-    layout = zip(tensor.stride(), tensor.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in layout)
 
 
 def _of_array(array: np.ndarray[Any, Any]) -> Restore:
@@ -347,22 +405,6 @@ def _of_generator(generator: Any) -> Restore:
     def restore() -> Any:
         put_back()
         return generator
-
-    return restore
-
-
-def _of_length(value: Any) -> Restore:
-    """Remember how long a container is: what was added comes off again."""
-    length = len(value)
-
-    def restore() -> Any:
-        if isinstance(value, (list, deque)):
-            while len(value) > length:
-                value.pop()
-        elif isinstance(value, dict):
-            for key in list(islice(reversed(value), len(value) - length)):
-                del value[key]
-        return value
 
     return restore
 
