@@ -19,10 +19,10 @@ from .optimizers import LineSearchOptimizer
 from .optimizers.tensors import whole
 from .traces import Scene, Snapshot, reshard, without_trace
 
-_SMALLEST_UNKNOWN_SCALE = 256  # a power of two from here on that multiplies a loss is a GradScaler
+_SMALLEST_UNKNOWN_SCALE = 4096  # a power of two from here on that multiplies a loss is a GradScaler
 
 
-@dataclass
+@dataclass(eq=False)
 class _MicroBatch:
     """One micro-batch of the update.
 
@@ -106,6 +106,7 @@ class BatchObjective:
         self.with_gradients = False  # whether an evaluation needs gradients of its own
         self.evaluating = False  # True while an evaluation runs
         self._micro_batches: list[_MicroBatch] = []
+        self._earlier: list[_MicroBatch] = []  # differentiated before the last one was recorded
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
         self._update_complete = True
@@ -173,9 +174,8 @@ class BatchObjective:
 
         micro_batch, loss = self._record(run, inputs)
         if loss.requires_grad:
-            first = len(self._micro_batches) == 1
             loss.register_hook(  # type: ignore[no-untyped-call]
-                lambda factor: self._note_backward(micro_batch, factor, first)
+                lambda factor: self._note_backward(micro_batch, factor)
             )
         return loss
 
@@ -213,6 +213,7 @@ class BatchObjective:
         if self.recorded and self._update_complete and not self._has_gradients():
             self.clear()
             self._optimizer.note_skipped_step()
+        self._earlier = [m for m in self._micro_batches if m.factors and self._update_complete]
         # FSDP2 holds the gradients of an unfinished update where `.grad` does not show them;
         # Accelerate knows. Without Accelerate this is always True.
         self._update_complete = _synchronises_gradients()
@@ -224,16 +225,16 @@ class BatchObjective:
         versions = _versions(inputs)
         before = Snapshot(self.scene)
         returned, loss = run(*inputs)
-        micro_batch.loss = loss.detach()
+        micro_batch.loss = loss.detach().reshape(())
         if self._lost(versions, _versions(inputs)):
-            micro_batch.loss = loss.detach() * math.nan  # no search on this one
+            micro_batch.loss = micro_batch.loss * math.nan  # no search on this one
 
         def repeat() -> Tensor:
             before.restore()
             reshard(self.scene.model)
             _, again = run(*_copied(kept, self._writes_into_inputs is not False))
             reshard(self.scene.model)
-            return again.detach()
+            return again.detach().reshape(())
 
         micro_batch.repeat = repeat
         return micro_batch, returned
@@ -332,10 +333,9 @@ class BatchObjective:
     @contextmanager
     def _gradients_kept(self) -> Iterator[None]:
         """Leave `.grad` as it is, whatever differentiates inside."""
-        params = [
-            *self.scene.model.parameters(),
-            *(p for m in self.scene.modules for p in m.parameters()),
-        ]
+        of_modules = [p for _, m in self.scene.named_modules() for p in m.parameters(False)]
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        params = list({id(p): p for p in (*of_modules, *trained)}.values())
         grads = [p.grad for p in params]
         try:
             for param in params:
@@ -348,7 +348,7 @@ class BatchObjective:
     def clear(self) -> None:
         """Forget the recorded mini-batch."""
         self._updates += bool(self._micro_batches)
-        self._micro_batches = []
+        self._micro_batches, self._earlier = [], []
         self._clip_factor = 1.0
         self._gradient_norm = None
 
@@ -362,9 +362,14 @@ class BatchObjective:
             for param in group["params"]
         )
 
-    def _note_backward(self, micro_batch: _MicroBatch, factor: Tensor, first: bool) -> None:
+    def _note_backward(self, micro_batch: _MicroBatch, factor: Tensor) -> None:
         """Note that backward came, and by what it multiplies the loss."""
         factor = factor.detach()
+        earlier, self._earlier = self._earlier, []
+        if earlier and micro_batch not in earlier and not self._has_gradients():
+            # zero_grad() came between record() and backward(): a scaler skipped their step.
+            self._micro_batches = [m for m in self._micro_batches if m not in earlier]
+            self._optimizer.note_skipped_step()
         if micro_batch.repeat is not None:
             if self._scaler is not None:
                 factor = factor / self._scaler.get_scale()
@@ -374,9 +379,9 @@ class BatchObjective:
                     "the objective does not know, so the search would see another loss than the "
                     "one whose gradient is used. Write BatchObjective(..., scaler=scaler)."
                 )
-        micro_batch.factors.append(factor)
-        if first and self._updates == 1:
+        if micro_batch.repeat is not None and self._updates == 1 and not self.recorded:
             self._check_zero_grad()
+        micro_batch.factors.append(factor)
 
     def _check_zero_grad(self) -> None:
         grads = [p.grad for g in self._optimizer.param_groups for p in g["params"]]

@@ -58,7 +58,7 @@ class Scene:
         stable: Large tensors that a forward pass was seen to leave alone; filled by snapshots.
         moving: Frozen parameters that a forward pass moves (the teacher of a moving average), None
             before the first one was seen.
-        warned: What was warned of.
+        warned: What was warned of, and what is `unsaid` yet.
     """
 
     model: nn.Module
@@ -67,6 +67,7 @@ class Scene:
     stable: MutableMapping[int, Tensor] = field(default_factory=WeakValueDictionary)
     moving: list[nn.Parameter] | None = None
     warned: set[str] = field(default_factory=set)
+    unsaid: list[str] = field(default_factory=list)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (name, module) of all modules, each once; a DDP wrapper keeps its own books."""
@@ -167,6 +168,7 @@ class Snapshot:
     """Everything that a forward pass may change, as it is at construction."""
 
     def __init__(self, scene: Scene) -> None:
+        self._scene = scene
         self._restores = [trace(scene) for trace in TRACES]
 
     def restore(self) -> None:
@@ -174,6 +176,8 @@ class Snapshot:
         with torch.no_grad():
             for restore in self._restores:
                 restore()
+        while self._scene.unsaid:  # now that everything is back: a warning may be an error
+            warnings.warn(self._scene.unsaid.pop(), stacklevel=2)
 
 
 @contextmanager
@@ -355,11 +359,10 @@ class _Memory:
     def _warn(self, name: str) -> None:
         if name not in self._scene.warned:
             self._scene.warned.add(name)
-            warnings.warn(
+            self._scene.unsaid.append(
                 f"The forward pass changed {name}, a large tensor that it had left alone before: "
                 "an evaluation of the loss could not put it back this once. From now on it is "
-                "copied.",
-                stacklevel=2,
+                "copied."
             )
 
 
@@ -384,6 +387,8 @@ def _of_array(array: np.ndarray[Any, Any]) -> Restore:
     saved = array.copy()
 
     def restore() -> Any:
+        if array.shape != saved.shape:
+            array.resize(saved.shape, refcheck=False)
         if array.flags.writeable:
             array[...] = saved
         return array

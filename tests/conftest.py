@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub must fail
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

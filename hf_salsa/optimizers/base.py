@@ -131,6 +131,7 @@ class LineSearchOptimizer(Optimizer):
         self._backups: dict[Tensor, Tensor] = {}
         self._unread_skips = UnreadSkips()
         self._warned: set[str] = set()
+        self._checked = False  # whether the objective is the loss that is differentiated
 
     # --- what a direction brings
 
@@ -326,7 +327,8 @@ class LineSearchOptimizer(Optimizer):
 
     def _step(self, closure: Closure | None, loss: Tensor | float | None) -> Tensor | float | None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if closure is None and (not params or self.param_groups[0]["lr"] == 0):
+        fresh = self.param_groups[0]["lr"] == 0 and self.param_groups[0]["steps"] == 0
+        if closure is None and (not params or fresh):
             # Checkpoint libraries make an optimizer create its state this way.
             for group in self.param_groups:
                 for param in group["params"]:
@@ -383,11 +385,12 @@ class LineSearchOptimizer(Optimizer):
                 backups=self._backups,
             )
         )
-        first = state.searches == 0
+        first = not state.step_size_known and not self._checked
         exact = True
-        if first:
-            loss = evaluate() if loss is None else loss
-            exact = not math.isfinite(loss) or self._replays(loss, evaluate, chunks)
+        if first and loss is None:
+            loss = evaluate()
+        if first and loss is not None and math.isfinite(loss):
+            exact = self._replays(loss, evaluate, chunks)
             run = replace(run, reevaluate_loss=not exact)
         if loss is None or run.reevaluate_loss:
             loss = evaluate()
@@ -405,6 +408,7 @@ class LineSearchOptimizer(Optimizer):
                 if not all(map(math.isfinite, vars(searched).values())):
                     record, searched = self._no_search(line, state, "overflow")
         torch.clear_autocast_cache()
+        self._checked = self._checked or math.isfinite(line.loss)
         self._last_search = record
         if not record.accepted:
             self._warn_once(record.outcome, messages.failed_search(record, searched))
@@ -460,7 +464,11 @@ class LineSearchOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         try:
+            for param in params:
+                param.grad = None  # out of reach of a zero_grad() in the closure
             loss = closure()
+            if any(p.grad is not None for p in params):
+                raise RuntimeError(messages.BACKWARD_IN_CLOSURE)
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise RuntimeError(messages.BACKWARD_IN_CLOSURE) from error
@@ -527,10 +535,13 @@ class LineSearchOptimizer(Optimizer):
             return True
         if objective is not None and not objective.with_gradients:
             objective.with_gradients = True  # what is computed may depend on it
-            again = float(evaluate())
-            if abs(trained - again) <= tolerance:
+            again = math.nan
+            try:
+                again = float(evaluate())
+            finally:
+                objective.with_gradients = abs(trained - again) <= tolerance
+            if objective.with_gradients:
                 return True
-            objective.with_gradients = False
         text = messages.REPLAY.format(trained=trained, replayed=replayed)
         self._warn_once("replay", text)
         return False
@@ -550,7 +561,7 @@ class LineSearchOptimizer(Optimizer):
         changed = [
             f"{name}={group[name]!r} (here {here[name]!r})"
             for name in self.default_settings()
-            if name in group and group[name] != here[name]
+            if name in group and _plain(group[name]) != _plain(here[name])
         ]
         if changed:
             self._warn_once(
@@ -634,5 +645,11 @@ class LineSearchOptimizer(Optimizer):
 
 def _epsilon(loss: Tensor | float | None, chunks: list[Chunk]) -> float:
     """Return the relative spacing of the numbers in which the loss was computed."""
-    dtype = loss.dtype if isinstance(loss, Tensor) else chunks[0].params[0].dtype
+    known = isinstance(loss, Tensor) and loss.is_floating_point()
+    dtype = loss.dtype if known and isinstance(loss, Tensor) else chunks[0].params[0].dtype
     return torch.finfo(dtype).eps
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as it compares: JSON and some checkpoints make lists of tuples."""
+    return tuple(value) if isinstance(value, list) else value

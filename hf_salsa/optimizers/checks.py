@@ -1,11 +1,14 @@
 """Checks that the loss of the search is the one whose gradient is used."""
 
+import math
+
 from ..rules import Line, RuleState, SearchRecord
 from . import messages
 
-# Shares of the loss by which it should fall at the trial steps of the check, the likeliest first.
-_DECREASES = (1e-3, 1e-4, 1e-2)
-_CLEAR = 100  # times the loss's resolution: such a decrease shows
+# Shares of the loss by which it should fall at the trial steps of the check, the likeliest first;
+# the smallest is for gradients that are far too small, the largest for losses that are noisy.
+_DECREASES = (1e-3, 1e-4, 1e-6, 1e-2)
+_CLEAR = 100  # times the loss's resolution: such a change shows
 _RIGHT = (0.7, 1.4)  # what decrease over eta * slope may be
 _ALIKE = 1.3  # ratios that differ by no more show a straight line
 _HOPELESS = 20  # searches without any success
@@ -14,23 +17,42 @@ _HOPELESS = 20  # searches without any success
 def check_derivative(line: Line) -> None:
     """Compare the loss's decrease at a small step with what the gradient predicts, eta * slope.
 
-    Costs one forward pass where they agree, at most three.
+    Costs one forward pass where they agree, at most five. Elsewhere smaller steps are tried, and
+    one back: at a kink the two sides differ, with a wrong gradient they are alike.
 
     Raises:
         RuntimeError: The loss falls along a straight line, but not by what the gradient says.
     """
-    ratios: list[float] = []
+    if line.slope <= 0 or _DECREASES[0] * abs(line.loss) <= _CLEAR * line.resolution:
+        return
+    ratios: dict[float, float] = {}
     for share in _DECREASES:
-        decrease = share * abs(line.loss)
-        if line.slope <= 0 or decrease <= _CLEAR * line.resolution:
-            continue
-        ratios.append((line.loss - line.loss_at(decrease / line.slope)) / decrease)
-        if _RIGHT[0] <= ratios[-1] <= _RIGHT[1]:
+        step_size = share * abs(line.loss) / line.slope
+        ratio = _ratio(line, step_size)
+        if ratio is not None and _RIGHT[0] <= ratio <= _RIGHT[1]:
             return
-    lowest, highest = min(map(abs, ratios), default=0.0), max(map(abs, ratios), default=0.0)
-    same_sign = all(r > 0 for r in ratios) or all(r < 0 for r in ratios)
-    if len(ratios) > 1 and same_sign and highest <= _ALIKE * lowest:
-        raise RuntimeError(messages.WRONG_DERIVATIVE.format(ratio=ratios[0]))
+        if ratio is not None:
+            ratios[step_size] = ratio
+    if len(ratios) < 2:
+        return
+    smallest, second = sorted(ratios)[:2]
+    back = _ratio(line, -smallest)
+    if _alike(ratios[smallest], ratios[second]) and _alike(ratios[smallest], back):
+        raise RuntimeError(messages.WRONG_DERIVATIVE.format(ratio=ratios[smallest]))
+
+
+def _ratio(line: Line, step_size: float) -> float | None:
+    """Return decrease over eta * slope, None where the change of the loss does not show."""
+    decrease = line.loss - line.loss_at(step_size)
+    if not math.isfinite(decrease) or abs(decrease) <= _CLEAR * line.resolution:
+        return None
+    return decrease / (step_size * line.slope)
+
+
+def _alike(first: float, second: float | None) -> bool:
+    if second is None or first * second <= 0:
+        return False
+    return max(abs(first), abs(second)) <= _ALIKE * min(abs(first), abs(second))
 
 
 def refuse_hopeless(record: SearchRecord, state: RuleState, line: Line) -> None:

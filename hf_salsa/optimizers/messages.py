@@ -54,8 +54,9 @@ WRONG_DERIVATIVE = (
     "The gradients are not those of the loss that is searched: at a small step it fell by "
     "{ratio:.3g} times what they predict. Look for: clipping by value, or by norm without telling "
     "(write objective.clip_grad_norm_(max_norm)); a loss that is scaled after record() or in the "
-    "closure only; a forgotten optimizer.zero_grad(); gradients changed by hand; parts of the loss "
-    "that are detached (then a line search cannot be used)."
+    "closure only; a forgotten optimizer.zero_grad(); gradients changed by hand; a derivative of "
+    "the recorded loss taken outside of loss_fn; parts of the loss that are detached (then a line "
+    "search cannot be used)."
 )
 HOPELESS = (
     "None of {searches} searches found a step at which the loss falls as the slope {slope:.3g} "

@@ -66,18 +66,7 @@ def test_it_is_what_backward_took(how):
     assert optimizer.counters.skipped_steps == 0
 
 
-OWN_GRADIENTS = pytest.mark.xfail(
-    strict=True, raises=UserWarning, reason="gradients of this very update are taken for old ones"
-)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param(how, marks=[OWN_GRADIENTS] * (how in ("twice", "the last first")))
-        for how in BACKWARDS
-    ],
-)
+@pytest.mark.parametrize("how", BACKWARDS)
 def test_no_gradients_of_the_step_before_are_seen(how):
     """Those of this update's own backward passes are no forgotten zero_grad()."""
     _, optimizer, objective, loss_fn = make()
@@ -186,7 +175,7 @@ def test_a_scaler_that_is_switched_off_is_none(cls):
     assert scaled_run(cls, off, 2)[0] == scaled_run(cls, None, 2)[0]
 
 
-@pytest.mark.parametrize("scale", [256.0, 1024.0, 2.0**16])
+@pytest.mark.parametrize("scale", [4096.0, 2.0**16])
 def test_an_unknown_scaler_is_refused_where_the_step_searches(scale):
     net, optimizer, objective, loss_fn = make()
     loss = objective.record(loss_fn, batch())
@@ -229,10 +218,7 @@ def test_the_scaler_of_accelerate_is_known(cls):
     "order",
     [
         "zero_grad last",
-        pytest.param(
-            "zero_grad between",
-            marks=pytest.mark.xfail(strict=True, reason="the abandoned update is kept"),
-        ),
+        "zero_grad between",
     ],
 )
 def test_an_overflow_that_the_scaler_skips_leaves_nothing(order):

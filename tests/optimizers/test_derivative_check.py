@@ -22,9 +22,6 @@ from hf_salsa.optimizers.checks import check_derivative
 from hf_salsa.rules import Line
 
 WRONG = "The gradients are not those of the loss that is searched"
-ALARM = pytest.mark.xfail(
-    raises=RuntimeError, reason="beyond a kink or a cliff the ratios are alike, too"
-)
 both_classes = pytest.mark.parametrize("cls", [SaLSaAdam, SaLSaSGD])
 
 
@@ -120,11 +117,8 @@ def test_a_loss_that_is_scaled_in_the_closure_only_is_an_error(cls, factor):
         cls(params).step(lambda: factor * loss_fn())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="at the shares of the loss that are looked at it is not straight"
-)
 @both_classes
-@pytest.mark.parametrize("factor", [1e-3, 1e-5])
+@pytest.mark.parametrize("factor", [1e-2, 1e-3])
 def test_gradients_that_are_far_too_small_are_an_error(cls, factor):
     """As by hard clipping without telling: float64 could show it at a smaller step."""
     params = parameters()
@@ -257,7 +251,6 @@ def test_16_bit_parameters_get_no_verdict(case, wrong):
     assert optimizer.counters.searches == 1
 
 
-@ALARM
 @both_classes
 def test_a_kink_where_the_weights_are_is_no_error(cls):
     """An L1 penalty on weights that start at 0: the loss falls by less than its gradient says."""
@@ -278,7 +271,7 @@ def test_a_kink_where_the_weights_are_is_no_error(cls):
 @both_classes
 @pytest.mark.parametrize(
     ("start", "offset"),
-    [(1.0, 1.0), pytest.param(1e-6, 1.0, marks=ALARM), pytest.param(1.0, 1e6, marks=ALARM)],
+    [(1.0, 1.0), (1e-6, 1.0), (1.0, 1e6)],
 )
 @failures_expected
 def test_a_kink_close_by_is_no_error(cls, start, offset):
@@ -289,7 +282,6 @@ def test_a_kink_close_by_is_no_error(cls, start, offset):
     assert optimizer.counters.searches == 1
 
 
-@ALARM
 @both_classes
 @failures_expected
 def test_the_optimum_of_a_classifier_is_no_error(cls):
@@ -304,9 +296,7 @@ def test_the_optimum_of_a_classifier_is_no_error(cls):
 
 
 @both_classes
-@pytest.mark.parametrize(
-    "beyond", [pytest.param(math.inf, marks=ALARM), pytest.param(-math.inf, marks=ALARM), math.nan]
-)
+@pytest.mark.parametrize("beyond", [math.inf, -math.inf, math.nan])
 @failures_expected
 def test_a_cliff_close_by_is_no_error(cls, beyond):
     param = point(1.0)
@@ -327,11 +317,11 @@ def test_a_cliff_close_by_is_no_error(cls, beyond):
     [
         (lambda eta: 1.0 - eta, 1),  # agrees
         (lambda eta: 1.0 - eta + 400 * eta**2, 2),  # only at the smaller step
-        (lambda eta: 1.0 + math.sin(1e5 * eta), 3),  # nowhere, but not straight
-        (lambda eta: math.nan, 3),
+        (lambda eta: 1.0 + math.cos(1e9 * eta), 5),  # nowhere, but not alike on both sides
+        (lambda eta: math.nan, 4),
     ],
 )
-def test_it_costs_one_pass_where_all_is_well_and_at_most_three(loss_at, passes):
+def test_it_costs_one_pass_where_all_is_well_and_at_most_five(loss_at, passes):
     tried = []
 
     def noting(eta):

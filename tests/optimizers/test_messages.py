@@ -85,12 +85,7 @@ def test_a_closure_that_returns_no_loss(case, returned, kind):
     assert same([p.grad for p in params], grads)
 
 
-IN_PLACE = pytest.mark.xfail(strict=True, reason="the gradients are set to 0 in place")
-
-
-@pytest.mark.parametrize(
-    "set_to_none", [None, True, pytest.param(False, marks=IN_PLACE)], ids=["no zero_grad", "", "0"]
-)
+@pytest.mark.parametrize("set_to_none", [None, True, False], ids=["no zero_grad", "", "0"])
 @every_optimizer
 def test_a_closure_that_differentiates(case, set_to_none):
     """As torch's own optimizers want it: the gradients survive, the message has the way."""

@@ -178,7 +178,7 @@ def test_a_step_without_a_search_reads_nothing_from_an_accelerator(case, norm):
             loss = objective.record(lambda: torch.randn((), device="cuda", requires_grad=True))
             for param in params:
                 param.grad = torch.randn(8, 8, device="cuda")
-            objective._note_backward(objective._micro_batches[-1], torch.ones_like(loss), False)
+            objective._note_backward(objective._micro_batches[-1], torch.ones_like(loss))
             if norm is not None:
                 objective.note_gradient_norm(torch.randn((), device="cuda"))
             assert optimizer.step() is None
