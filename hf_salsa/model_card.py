@@ -23,6 +23,7 @@ from .model_card_results import (
     best_step_of,
     eval_results_of,
     evaluations_of,
+    is_finite_number,
     metric_label,
     metric_tags,
     metric_text,
@@ -285,7 +286,8 @@ def _costs(log_history: list[dict[str, Any]]) -> tuple[list[str], bool]:
     known = [f"{name} {step_size_text(size)}" for name, size in sizes.items() if size]
     if known:
         lines.append(f"step size: {', '.join(known)}")
-    return lines, bool(sizes["median"])
+    median = sizes["median"]
+    return lines, median is not None and is_finite_number(median) and median > 0
 
 
 def _versions(is_adapter: bool) -> dict[str, str]:

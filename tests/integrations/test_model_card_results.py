@@ -48,11 +48,19 @@ def test_without_logs_no_plot(write):
     assert "png" not in card
     row = {"Epoch": "2", "Step": "100", "Training Loss": "No log", "Step Size": "No log"}
     assert table(card) == [row | {"Validation Loss": "0.5000"}]
-    # The step size of the last step is known, that of the others is not.
+    # What the trainer kept of the searches is known without a log.
     costs = section(card, "### What the search cost")
     assert costs[0] == "- 60 searches in 100 steps"
-    assert costs[-1] == "- step size: final 2.5e-05"
-    assert "median" not in card
+    assert "- step size: median 3.14e-05, final 2.5e-05" in costs
+
+
+def test_a_short_run_shows_its_searches(write):
+    """A run of 40 updates has logged too little to draw, but has searched."""
+    searches = [(step, 1e-3 / step, 1.0 / step) for step in range(1, 41)]
+    card = write([evaluation(40, loss=0.5), end(40)], searches=searches)
+    assert (write.folder / "step_size_and_loss.png").exists()
+    (row,) = table(card)
+    assert (row["Training Loss"], row["Step Size"]) == ("0.0250", "2.5e-05")
 
 
 def test_interrupted_run(write):

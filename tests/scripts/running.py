@@ -49,7 +49,7 @@ def tiny_bert_config(tokenizer, **overrides):
 
 def interrupt_in_trial(patch, update):
     """Let Ctrl-C arrive while the search of an update (1, 2, ...) evaluates a trial."""
-    record, evaluate = BatchObjective.record, BatchObjective.__call__
+    record, evaluate = BatchObjective.record_step, BatchObjective.__call__
     updates = []
 
     def counting_record(self, *args):
@@ -61,7 +61,7 @@ def interrupt_in_trial(patch, update):
             raise KeyboardInterrupt
         return evaluate(self)
 
-    patch.setattr(BatchObjective, "record", counting_record)
+    patch.setattr(BatchObjective, "record_step", counting_record)
     patch.setattr(BatchObjective, "__call__", interrupted_evaluate)
 
 
