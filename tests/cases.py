@@ -1,12 +1,14 @@
 """Every optimizer class, and what the tests must know of it: a new class is one line of `CASES`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
 import torch
+from own_rules import OneTrialAdam, OneTrialSGD
 
 from hf_salsa import OPTIMIZERS
+from hf_salsa.optimizers import LineSearchOptimizer
 from hf_salsa.rules import Plus, SaLSa
 
 
@@ -41,7 +43,8 @@ DIRECTIONS = {
     ),
 }
 
-# Rule -> state in which its next searches will be as far apart as `max_search_interval` allows.
+# Rule -> state in which its next searches will be as far apart as `max_search_interval` allows;
+# nothing for a rule that is not here.
 AT_REST = {
     SaLSa: lambda step_size: {
         "step_size_average_fast": step_size,
@@ -60,19 +63,21 @@ class Case:
         settings: What the tests make it with; it must run in a loop of unknown length.
         variants: Settings of the search whose trajectory is worth a test of its own.
         note: What sets it apart from another case of the same class.
+        own: The class, where it is not the package's.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
+    own: type[LineSearchOptimizer] | None = None
 
     def __str__(self):
         return f"{self.name} {self.note}".strip()
 
     @property
     def cls(self):
-        return OPTIMIZERS[self.name]
+        return self.own or OPTIMIZERS[self.name]
 
     @property
     def rule(self):
@@ -80,8 +85,35 @@ class Case:
 
     @property
     def family(self):
-        """The class whose checkpoints these are: SLS is SaLSa with other settings."""
-        return self.cls.__name__.replace("SLS", "SaLSa").replace("SaSaLSa", "SaLSa")
+        """The class that its checkpoints are said to be of: the first one with such a state.
+
+        SLS is SaLSa with other settings.
+        """
+        classes = LineSearchOptimizer.__subclasses__()
+        for cls in classes:
+            classes += cls.__subclasses__()
+        return next(c.__name__ for c in classes if _checkpoint(c) == _checkpoint(self.cls))
+
+    def has(self, setting):
+        """Whether the class has a setting of this name."""
+        return setting in self.cls.default_settings()
+
+    def known(self, **settings):
+        """Those of these settings that the class has."""
+        return {name: value for name, value in settings.items() if self.has(name)}
+
+    @property
+    def some_setting(self):
+        """A setting of its rule that takes any number strictly between 0 and 1."""
+        return "c" if self.has("c") else "initial_step_size"
+
+    @property
+    def backtracks(self):
+        return self.has("backtrack_factor")
+
+    @property
+    def state_of_rule(self):
+        return {entry.name for entry in fields(self.rule.state_type)}
 
     @property
     def adam(self):
@@ -93,7 +125,8 @@ class Case:
 
     @property
     def state_names(self):
-        return DIRECTIONS[self.cls.base_name].state if self.has_momentum else set()
+        of_direction = DIRECTIONS[self.cls.base_name].state if self.has_momentum else set()
+        return of_direction | ({"previous"} if self.rule.looks_back else set())
 
     @property
     def momentum(self):
@@ -121,8 +154,16 @@ class Case:
 
     def settle(self, optimizer, interval):
         """Go on as if the step size had been at rest for long: searches grow rare."""
+        at_rest = AT_REST.get(self.rule, lambda step_size: {})
         for group in optimizer.param_groups:
-            group.update(AT_REST[self.rule](optimizer.step_size), search_interval=interval)
+            group.update(at_rest(optimizer.step_size), search_interval=interval)
+
+
+def _checkpoint(cls):
+    """The names by which a checkpoint of a class is known; None for a class without a rule."""
+    if not hasattr(cls, "rule_type"):
+        return None
+    return {*cls.options, *(entry.name for entry in fields(cls.rule_type.state_type))}
 
 
 MOMENTUM = {"momentum": 0.9}
@@ -152,14 +193,24 @@ CASES = [
     Case("salsa_sgd_plus", NO_TAIL, PLUS),
 ]
 
+# A rule of one's own: what holds for every optimizer holds for these. Not in `OPTIMIZERS`.
+EXTRA = [
+    Case("own_adam", own=OneTrialAdam),
+    Case("own_sgd", own=OneTrialSGD),
+    Case("own_sgd", {"momentum": 0.0}, note="without momentum", own=OneTrialSGD),
+]
+EVERY = [*CASES, *EXTRA]
+
 
 def each(cases):
     """Run a test once for each of these, as its argument `case`."""
     return pytest.mark.parametrize("case", cases, ids=str)
 
 
-every_optimizer = each(CASES)
-with_momentum = each([case for case in CASES if case.has_momentum])
+every_optimizer = each(EVERY)
+with_momentum = each([case for case in EVERY if case.has_momentum])
+that_backtrack = each([case for case in EVERY if case.backtracks])
+with_rare_searches = each([case for case in EVERY if case.has("max_search_interval")])
 of_the_paper = each([case for case in CASES if case.rule is SaLSa])
 of_plus = each([case for case in CASES if case.rule is Plus])
 both_directions = pytest.mark.parametrize("direction", ["gradient", "momentum"])

@@ -59,6 +59,8 @@ class Reference:
         require_decrease: bool = False,
         **changed: float,
     ) -> None:
+        if unknown := changed.keys() - DEFAULTS[name].keys():
+            raise TypeError(f"The reference of {name} has no setting {sorted(unknown)}.")
         options = DEFAULTS[name] | changed
         self.adam = "Adam" in name
         self.parameters = list(parameters)

@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, each, every_optimizer, with_momentum
+from cases import CASES, EVERY, each, that_backtrack
 from problems import backward, differences, point, search_every, snapshot, square
 
 from hf_salsa.rules import SaLSa
 
 
 @pytest.mark.parametrize("beyond", [math.nan, math.inf, -math.inf])
-@every_optimizer
+@that_backtrack
 def test_a_trial_loss_that_is_not_finite_is_a_rejection(case, beyond):
     param = point(1.0, 1.0)
     optimizer = case.make([param])
@@ -65,8 +65,17 @@ def test_a_failed_search_keeps_the_step_size(case, outcome):
     assert not torch.equal(param, start)  # a step of the size of before
 
 
-@pytest.mark.parametrize("outcome", FAILURES)
-@with_momentum
+@pytest.mark.parametrize(
+    ("case", "outcome"),
+    [
+        (case, outcome)
+        for case in EVERY
+        if case.has_momentum
+        for outcome in FAILURES
+        if outcome == "slope" or (case.backtracks and case.has("max_trials"))
+    ],
+    ids=str,
+)
 def test_without_any_step_size_only_the_moments_move(case, outcome):
     """No search has been accepted: 1.0 may be anything, so no step is taken."""
     message, options = FAILURES[outcome]

@@ -40,7 +40,8 @@ def test_groups_hold_the_same_plain_scalars_from_beginning_to_end(case):
     assert types() == before
     first, second = optimizer.param_groups
     assert differences(first, second) == {"weight_decay"}
-    assert first["lr"] == first["step_size"] == optimizer.step_size != 1.0
+    assert first["lr"] == first["step_size"] == optimizer.step_size
+    assert first["lr"] != first["initial_step_size"]
     assert asdict(optimizer.counters).items() <= first.items()
     assert optimizer.state_dict().keys() == {"state", "param_groups"}
 
@@ -68,7 +69,14 @@ def test_settings_of_the_search_are_not_a_groups_own(case):
     params = parameters()
     defaults = case.cls.default_settings()
     other = {"gradient": "momentum", "momentum": "gradient"}[defaults["direction"]]
-    for own in ({"c": 0.2}, {"lr": 1e-3}, {"direction": other}, {"searches": 7}):
+    setting, start = case.some_setting, defaults["initial_step_size"]
+    for own in (
+        {setting: defaults[setting] / 2},
+        {"cool_down": 0.123},
+        {"lr": start / 2},
+        {"direction": other},
+        {"searches": 7},
+    ):
         ((name, value),) = own.items()
         message = f"{name}={value!r} in a parameter group is not allowed.*one step size for all"
         with pytest.raises(ValueError, match=message):
@@ -78,7 +86,8 @@ def test_settings_of_the_search_are_not_a_groups_own(case):
             optimizer.add_param_group({"params": params[1:], **own})
         assert len(optimizer.param_groups) == 1
     # The same value is no contradiction: groups that are read from another optimizer have it.
-    assert case.make([{"params": params, "c": defaults["c"], "lr": 1.0}]).step_size == 1.0
+    same_values = {setting: defaults[setting], "lr": start}
+    assert case.make([{"params": params, **same_values}]).step_size == start
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from cases import CASES, every_optimizer
+from cases import CASES, EXTRA, every_optimizer
 from problems import parameters, point
 
 import hf_salsa
@@ -64,11 +64,13 @@ PUBLISHED = {
 
 def test_every_class_is_tested():
     assert {case.name for case in CASES} == OPTIMIZERS.keys()
+    assert not {case.cls for case in EXTRA} & {*OPTIMIZERS.values()}
 
 
 def test_names_and_kinds():
-    assert {name: cls for name, (cls, _, _) in PUBLISHED.items()} == OPTIMIZERS
-    for cls, rule, _ in PUBLISHED.values():
+    """Further classes may stand beside them."""
+    for name, (cls, rule, _) in PUBLISHED.items():
+        assert OPTIMIZERS[name] is cls
         assert cls.rule_type is rule
         assert getattr(hf_salsa, cls.__name__) is cls
         base = LineSearchAdam if cls.base_name == "Adam" else LineSearchSGD
@@ -121,10 +123,11 @@ def test_the_signature_is_what_the_optimizer_does(case):
     assert case.cls(parameters()).rule == case.rule(
         **{name: value for name, value in defaults.items() if name not in case.cls.options}
     )
-    changed = case.make(parameters(), c=0.123, max_trials=7, weight_decay=0.5, total_steps=9)
+    given = {"initial_step_size": 0.7, "cool_down": 0.2, **case.known(c=0.123, max_trials=7)}
+    changed = case.make(parameters(), weight_decay=0.5, total_steps=9, **given)
     (group,) = changed.param_groups
-    assert (changed.rule.c, changed.rule.max_trials, group["weight_decay"]) == (0.123, 7, 0.5)
-    assert group["run_steps"] == 9
+    assert {name: getattr(changed.rule, name) for name in given} == given
+    assert (group["weight_decay"], group["run_steps"]) == (0.5, 9)
 
 
 @every_optimizer
@@ -232,7 +235,8 @@ def test_bad_arguments_are_refused(case, option):
 
 @every_optimizer
 def test_every_setting_is_checked(case):
-    assert case.cls.default_settings().keys() | {"total_steps"} <= BAD.keys()
+    lacking = {*case.cls.default_settings(), "total_steps"} - BAD.keys()
+    assert lacking == set(), "BAD lacks a value that is refused"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, each, every_optimizer, silent
+from cases import EVERY, each, every_optimizer, silent
 from problems import CAUSES, batches, clones, parameters, same, snapshot, spoil, train
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -144,7 +144,7 @@ def test_when_skips_are_read_makes_no_difference(case, pattern, monkeypatch):
     for readable in (("cpu",), ()):
         monkeypatch.setattr(base, "_HOST_DEVICES", readable)
         params = parameters()
-        optimizer = case.make(params, weight_decay=0.1, max_search_interval=3)
+        optimizer = case.make(params, weight_decay=0.1, **case.known(max_search_interval=3))
         train(optimizer, params, batches(3))
         case.settle(optimizer, interval=3)
         for kind in pattern:
@@ -165,7 +165,7 @@ def test_when_skips_are_read_makes_no_difference(case, pattern, monkeypatch):
 
 
 @silent
-@each([case for case in CASES if case.adam])  # there is no SGD kernel for tensors without values
+@each([case for case in EVERY if case.adam])  # there is no SGD kernel for tensors without values
 @pytest.mark.parametrize("norm", [None, "tensor"])
 def test_a_step_without_a_search_reads_nothing_from_an_accelerator(case, norm):
     """Tensors without values stand for the device: to read one raises."""

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, every_optimizer, silent
+from cases import EVERY, every_optimizer, silent
 from problems import (
     Recorded,
     backward,
@@ -31,13 +31,15 @@ from torch.distributed.checkpoint.state_dict import (
 @pytest.mark.parametrize("tail", [{}, {"cool_down": 0.6, "total_steps": 40}], ids=["", "tail"])
 def test_a_continued_run_equals_the_uninterrupted_one(case, carry_over, tail):
     params = parameters()
-    optimizer = case.make(params, initial_step_size=0.01, max_search_interval=10, **tail)
+    optimizer = case.make(
+        params, initial_step_size=0.01, **case.known(max_search_interval=10), **tail
+    )
     data = list(batches(40))
     train(optimizer, params, data[:9])
     case.settle(optimizer, interval=3)
     train(optimizer, params, data[9:10])
     assert optimizer.param_groups[0]["steps_since_search"] == 1  # between two searches
-    other_params, other = carry_over(partial(case.make, c=0.77), params, optimizer)
+    other_params, other = carry_over(partial(case.make, **case.known(c=0.77)), params, optimizer)
     assert same(other.state_dict(), optimizer.state_dict())
     assert other.counters == optimizer.counters
     assert other.search_due == optimizer.search_due
@@ -114,8 +116,8 @@ def test_checkpoints_of_other_optimizers_are_refused(case, rival):
 @every_optimizer
 def test_checkpoints_of_other_rules_are_refused(case):
     params = parameters()
-    for other in CASES:
-        if other.rule is not case.rule:
+    for other in EVERY:
+        if other.state_of_rule != case.state_of_rule:
             message = f"not written by {case.cls.__name__} but by {other.family}. Resume with the"
             with pytest.raises(ValueError, match=message):
                 case.make(params).load_state_dict(other.make(params).state_dict())
@@ -126,7 +128,7 @@ def test_checkpoints_of_other_rules_are_refused(case):
 def test_checkpoints_of_other_directions_are_refused(case, steps):
     """Adam's in SGD and SGD's in Adam, whether a step was taken or not."""
     params = parameters()
-    for other in CASES:
+    for other in EVERY:
         if other.rule is case.rule and other.adam != case.adam:
             rival = other.make(params)
             train(rival, params, batches(steps))

@@ -356,24 +356,26 @@ def test_without_momentum_there_are_no_empty_entries(case):
 
 @every_optimizer
 def test_other_settings_are_named_once(case):
-    _, optimizer = trained(case, c=0.45, weight_decay=0.2)
-    other = case.make(parameters(), c=0.15)
+    name = case.some_setting
+    _, optimizer = trained(case, weight_decay=0.2, **{name: 0.45})
+    other = case.make(parameters(), **{name: 0.15})
     with pytest.warns(UserWarning, match="other settings, and they hold") as said:
         for _ in range(2):
             other.load_state_dict(optimizer.state_dict())
             for group in other.param_groups:
-                group.update(c=0.15, weight_decay=0.0)
+                group.update({name: 0.15, "weight_decay": 0.0})
     (message,) = {str(w.message) for w in said}
     assert len(said) == 1
-    assert "c=0.45 (here 0.15)" in message
+    assert f"{name}=0.45 (here 0.15)" in message
     assert "weight_decay=0.2 (here 0.0)" in message
-    assert "beta3" not in message
+    assert "cool_down" not in message
+    assert "beta" not in message
     assert "param_groups after loading" in message
 
 
 @every_optimizer
 def test_a_state_with_the_name_of_a_setting_is_refused(case):
-    for name in ("c", "weight_decay"):
+    for name in (case.some_setting, "weight_decay"):
         state = type(
             "Clash", (case.rule.state_type,), {"__annotations__": {name: float}, name: 0.0}
         )

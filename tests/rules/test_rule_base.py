@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from cases import CASES
+from cases import EVERY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,8 +22,27 @@ from hf_salsa.rules import (
     moving_average,
 )
 
-RULES = sorted({case.rule for case in CASES}, key=lambda rule: rule.__name__)
+RULES = sorted({case.rule for case in EVERY}, key=lambda rule: rule.__name__)
 every_rule = pytest.mark.parametrize("rule", RULES)
+of_the_package = pytest.mark.parametrize("rule", [SaLSa, Plus])
+
+
+def line_for(rule, loss_at):
+    """A line that has all that a rule may ask for."""
+    line = Line(loss_at, loss=1.0, slope=1.0, resolution=0.0, agreement=0.0)
+    return dataclasses.replace(line, look_back=lambda: (1.0, 0.0)) if rule.looks_back else line
+
+
+def tried_first(rule, settings, state):
+    """The step size that a search tries first, on a loss that falls far enough for all."""
+    tried = []
+
+    def loss_at(step_size):
+        tried.append(step_size)
+        return -1e9
+
+    settings.search(state, line_for(rule, loss_at))
+    return tried[0]
 
 
 class Fixed(StepSizeRule[RuleState]):
@@ -77,16 +96,17 @@ def test_growth_never_overflows():
 @every_rule
 def test_the_first_trial_is_announced(rule):
     """It is written while the slope is measured: no search may be dearer for it."""
-    settings, tried = rule(), []
-
-    def loss_at(step_size):
-        tried.append(step_size)
-        return -1e9
-
+    settings = rule()
     for state in (rule.state_type(0.5), rule.state_type(0.5, searches=1, steps_since_search=3)):
-        tried.clear()
-        settings.search(state, Line(loss_at, loss=1.0, slope=1.0, resolution=0.0, agreement=0.0))
-        assert tried[0] == settings.first_trial(state) == grown(state, 500)
+        assert tried_first(rule, settings, state) == settings.first_trial(state)
+
+
+@of_the_package
+def test_the_first_trial_has_grown(rule):
+    for settings in (rule(), rule(steps_to_double=50)):
+        for state in (rule.state_type(0.5), rule.state_type(0.5, searches=1, steps_since_search=3)):
+            found = tried_first(rule, settings, state)
+            assert found == grown(state, settings.steps_to_double) > state.step_size
 
 
 # --- what a search returns ----------------------------------------------------------------------
@@ -136,9 +156,9 @@ def test_a_rule_is_a_frozen_record_of_settings_by_name(rule):
     with pytest.raises(TypeError, match="positional"):
         rule(0.3)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.c = 0.5
+        settings.cool_down = 0.5
     assert settings == rule(**vars(settings))
-    assert settings != dataclasses.replace(settings, c=0.123)
+    assert settings != dataclasses.replace(settings, cool_down=0.123)
 
 
 @every_rule
@@ -152,7 +172,7 @@ def test_a_rule_refuses_what_is_out_of_range(rule):
 def test_a_search_leaves_state_and_settings_alone(rule):
     settings, state = rule(), rule.state_type(0.5, searches=1)
     before = dataclasses.asdict(settings), dataclasses.asdict(state)
-    line = Line(lambda eta: 1 - eta, loss=1.0, slope=1.0, resolution=0.0, agreement=0.0)
+    line = line_for(rule, lambda eta: 1 - eta)
     results = [settings.search(state, line) for _ in range(2)]
     assert results[0] == results[1]
     assert (dataclasses.asdict(settings), dataclasses.asdict(state)) == before
@@ -168,13 +188,22 @@ def test_state_is_plain_scalars_with_names_of_their_own(rule):
 
 @every_rule
 def test_a_rule_describes_itself(rule):
-    """It completes "a step size that ..."; what the settings change is told."""
+    """It completes "a step size that ..."; a cool-down is told."""
     settings = rule(cool_down=0.0)
     text = settings.describe()
     assert text
     assert text[0].islower()
     assert not text.endswith(".")
     assert "No rate and no schedule was set" in text
+    cooled = dataclasses.replace(settings, cool_down=0.25).describe()
+    assert "over the last 25 % of the run the step size fell linearly to 0" in cooled
+    assert "No rate" not in cooled.replace("No rate was set", "")
+
+
+@of_the_package
+def test_what_the_settings_change_is_told(rule):
+    settings = rule(cool_down=0.0)
+    text = settings.describe()
     assert f"at least {settings.c} of what the slope predicts" in text
     assert "10 steps apart" in text
     others = [
@@ -183,7 +212,6 @@ def test_a_rule_describes_itself(rule):
         dataclasses.replace(settings, max_search_interval=1),
     ]
     assert len({other.describe() for other in [settings, *others]}) == 4
-    assert "over the last 25 % of the run the step size fell linearly to 0" in others[0].describe()
     assert "the search ran at every step" in others[2].describe()
 
 
