@@ -204,7 +204,15 @@ def _setup(kind: Any) -> Any:
     return of_net if isinstance(kind, type) else kind
 
 
-every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+# Two of them in every run of the tests, all with the slow ones: what is put back is the same.
+_QUICK = ("sls_sgd", "salsa_adam_plus")
+every_optimizer = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (name not in _QUICK), id=name)
+        for name, case in OPTIMIZERS.items()
+    ],
+)
 
 
 @dataclass
