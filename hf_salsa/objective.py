@@ -121,8 +121,11 @@ class BatchObjective:
 
     @property
     def recorded(self) -> bool:
-        """Whether a mini-batch is recorded and was differentiated."""
-        return any(m.factors for m in self._micro_batches)
+        """Whether a mini-batch is recorded and was differentiated.
+
+        With several processes one that was not is the part of a process in an objective of all.
+        """
+        return self._differentiated() or (_several_processes() and bool(self._micro_batches))
 
     @property
     def loss(self) -> Tensor | None:
@@ -210,7 +213,7 @@ class BatchObjective:
         self, run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...]
     ) -> tuple[_MicroBatch, Tensor]:
         """Run `run`, which returns what it returns and the loss to search on; remember it."""
-        if self.recorded and self._update_complete and not self._has_gradients():
+        if self._differentiated() and self._update_complete and not self._has_gradients():
             self.clear()
             self._optimizer.note_skipped_step()
         self._earlier = [m for m in self._micro_batches if m.factors and self._update_complete]
@@ -352,6 +355,18 @@ class BatchObjective:
         self._clip_factor = 1.0
         self._gradient_norm = None
 
+    def try_with_gradients(self) -> bool:
+        """Evaluate with gradients from now on; False if all processes do already."""
+        known = torch.tensor(float(self.with_gradients))
+        if _several_processes():
+            known = known.to(next(self.scene.model.parameters()).device)
+            dist.all_reduce(known, dist.ReduceOp.MIN)
+        self.with_gradients = True
+        return not known
+
+    def _differentiated(self) -> bool:
+        return any(m.factors for m in self._micro_batches)
+
     def _repeatable(self) -> bool:
         return any(m.repeat is not None for m in self._micro_batches)
 
@@ -379,7 +394,7 @@ class BatchObjective:
                     "the objective does not know, so the search would see another loss than the "
                     "one whose gradient is used. Write BatchObjective(..., scaler=scaler)."
                 )
-        if micro_batch.repeat is not None and self._updates == 1 and not self.recorded:
+        if micro_batch.repeat is not None and self._updates == 1 and not self._differentiated():
             self._check_zero_grad()
         micro_batch.factors.append(factor)
 

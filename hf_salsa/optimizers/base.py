@@ -62,6 +62,9 @@ class Objective(Protocol):
 
     with_gradients: bool  # whether evaluations need gradients of their own
 
+    def try_with_gradients(self) -> bool:
+        """Evaluate with gradients from now on; False if all processes do already."""
+
     def __call__(self) -> Tensor:
         """Return the loss at the current weights."""
 
@@ -533,8 +536,7 @@ class LineSearchOptimizer(Optimizer):
         replayed = float(evaluate())
         if abs(trained - replayed) <= tolerance:
             return True
-        if objective is not None and not objective.with_gradients:
-            objective.with_gradients = True  # what is computed may depend on it
+        if objective is not None and objective.try_with_gradients():  # what is computed may differ
             again = math.nan
             try:
                 again = float(evaluate())

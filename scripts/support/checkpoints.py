@@ -51,7 +51,11 @@ def fault_of(checkpoint: Path) -> str | None:
     # The plain loop has a scheduler with AdamW alone.
     if not list(checkpoint.glob("random_states_*.pkl")):
         needed["scheduler"] = _SCHEDULER
-    files = [checkpoint / STATE_NAME, *checkpoint.glob("*.index.json")]
+    files = [
+        checkpoint / STATE_NAME,
+        *checkpoint.glob("*.index.json"),
+        *checkpoint.glob("*config.json"),
+    ]
     for kind, patterns in needed.items():
         found = [path for pattern in patterns for path in sorted(checkpoint.glob(pattern))]
         if not found:
@@ -72,7 +76,9 @@ def _fault_of_file(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             safe_open(path, "pt")  # reads the header, which states the length
         elif path.suffix in (".pt", ".pth", ".bin", ".pkl"):
-            zipfile.ZipFile(path).close()  # torch.save's; its list of contents is at the end
+            with zipfile.ZipFile(path) as saved:  # torch.save's; its list of contents is at the end
+                if not any(name.endswith("data.pkl") for name in saved.namelist()):
+                    return "was not written to its end"
         elif path.suffix == ".json":
             return _fault_of_json(path)
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
@@ -85,6 +91,8 @@ def _fault_of_json(path: Path) -> str | None:
     if path.name == STATE_NAME:
         step = content.get("global_step") if isinstance(content, dict) else None
         return None if isinstance(step, int) else "does not say its global_step"
+    if not path.name.endswith(".index.json"):
+        return None  # it could be read
     shards = sorted(set(content["weight_map"].values()))
     lacking = [name for name in shards if not (path.parent / name).is_file()]
     return f"names {lacking[0]}, which is missing" if lacking else None

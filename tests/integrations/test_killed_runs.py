@@ -146,9 +146,7 @@ UNREAD = "training_args.bin"
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
-        pytest.param(
-            "config.json", marks=pytest.mark.xfail(reason="fault_of does not read config.json")
-        ),
+        "config.json",
         UNREAD,
     ],
 )
