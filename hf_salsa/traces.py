@@ -273,7 +273,10 @@ class _Memory:
         if isinstance(value, _CONTAINERS):
             shallow = depth == 0 or len(value) > _LONG
             return self._of_container(name, value, 0 if shallow else depth, inside)
-        return (lambda: value) if inside else self._of_object(name, value)
+        # torch's own, as the state of FSDP2, is begun once and never taken back.
+        if inside or type(value).__module__.partition(".")[0] in ("torch", "accelerate"):
+            return lambda: value
+        return self._of_object(name, value)
 
     def _of_object(self, name: str, value: Any) -> Restore:
         """Remember the attributes of a plain object: a meter, a config."""

@@ -44,7 +44,7 @@ class ShareAdam(LineSearchAdam):
 
 OPTIMIZERS["share_adam"] = ShareAdam
 flags = "--optim share_adam --optim_args target=0.6,direction=momentum --output_dir runs/own_rule"
-flags += " --max_steps 100 --save_steps 50 --per_device_train_batch_size 32 --disable_tqdm true"
+flags += " --max_steps 100 --save_steps 50 --per_device_train_batch_size 32 --logging_steps 10"
 (args,) = HfArgumentParser(SaLSaTrainingArguments).parse_args_into_dataclasses(flags.split())
 rows = [(start + step * torch.arange(16)) % 64 for start in range(64) for step in (1, 2, 3)]
 data = [{"input_ids": row, "labels": row} for row in rows]

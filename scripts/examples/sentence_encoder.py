@@ -49,7 +49,7 @@ args = SaLSaArguments(
     num_train_epochs=10,
     per_device_train_batch_size=32,
     save_strategy="no",
-    disable_tqdm=True,
+    logging_steps=10,
 )
 data = Dataset.from_dict(data)
 loss = MultipleNegativesRankingLoss(model)

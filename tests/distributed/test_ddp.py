@@ -39,7 +39,7 @@ PLAIN_LOOPS = [{"model": "plain loop", "trials": trials} for trials in ("bare", 
 def configurations(processes):
     return [
         configuration(model, optim, batch, accumulation)
-        for model in ("bert", "gpt2")
+        for model in ("gpt2",)  # whose stock loss is the same however a batch is cut
         for optim in ("salsa_adam", "salsa_sgd", "salsa_adam_plus")
         for batch, accumulation in EQUIVALENT[processes]
     ]
@@ -76,7 +76,7 @@ def test_processes_times_accumulation_times_batch(one, two):
     for results, processes in ((one, 1), (two[0]["equivalent"], 2)):
         for given, result in zip(configurations(processes), results, strict=True):
             by_run.setdefault((given["model"], given["optim"]), []).append(result)
-    assert len(by_run) == 6
+    assert len(by_run) == 3
     for same in by_run.values():
         assert len(same) == 6
         for result in same[1:]:
