@@ -51,8 +51,8 @@ def test_fsdp2_gives_the_trajectory_of_one_process(one, two):
         assert result["sharded"]
         assert not expected["sharded"]
         assert result["step_sizes"] == pytest.approx(expected["step_sizes"], rel=1e-3)
-        # On two processes stock Trainer doubles BERT's loss, and Adam's eps sees that.
-        rel = 1e-3 if given["model"] == "bert" else 1e-4
+        # Stock Trainer's loss of BERT grows with processes and accumulation; Adam's eps sees that.
+        rel = 3e-3 if given["model"] == "bert" else 1e-4
         assert result["norm"] == pytest.approx(expected["norm"], rel=rel)
 
 
