@@ -25,7 +25,7 @@ class RunState:
         reevaluate_loss: The replay does not reproduce the training loss, so f(w_k) is evaluated
             with the trials.
         trials: Evaluations of the objective so far, each an extra forward pass.
-        skipped_steps: Steps not taken because the loss or the gradient was not finite.
+        skipped_steps: Steps not taken because a gradient was not finite.
         consecutive_skips: How many of them came last in a row.
         steps: Steps so far, skipped ones too.
         run_start: `steps` at the start of the run.
@@ -49,7 +49,7 @@ class Counters:
         searches: Searches.
         trials: Evaluations of the closure or objective: extra forward passes.
         failed_searches: Searches that found no step size and kept the one of before.
-        skipped_steps: Steps not taken because the loss or a gradient was not finite.
+        skipped_steps: Steps not taken because a gradient was not finite.
     """
 
     searches: int
