@@ -1,47 +1,25 @@
 """BatchObjective: the loss of one recorded (accumulated) mini-batch, at any weights."""
 
-import copy
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
+from .accelerated import scaler_of, synchronises_gradients, unwrap_optimizer
+from .micro_batch import MicroBatch, checked_loss, copied_inputs, write_counts
 from .optimizers import LineSearchOptimizer
-from .optimizers.tensors import whole
-from .traces import Scene, Snapshot, reshard, without_trace
+from .optimizers.tensors import gradients_aside, whole
+from .processes import all_have, mean_over_processes, several_processes
+from .scene import Scene
+from .traces import Snapshot, reshard, without_trace
 
 _SMALLEST_UNKNOWN_SCALE = 4096  # a power of two from here on that multiplies a loss is a GradScaler
-
-
-@dataclass(eq=False)
-class _MicroBatch:
-    """One micro-batch of the update.
-
-    Attributes:
-        repeat: Runs the forward pass again; None on steps that do not search.
-        loss: What the forward pass returned, detached; None on steps that do not search.
-        factors: What each backward pass multiplied it by; none where it was not differentiated.
-    """
-
-    repeat: Callable[[], Tensor] | None = None
-    loss: Tensor | None = None
-    factors: list[Tensor | float] = field(default_factory=list)
-
-    def differentiated(self, loss: Tensor) -> Tensor:
-        """Return `loss` as backward took it."""
-        factor = self.factors[0]
-        for other in self.factors[1:]:
-            factor = factor + other
-        return loss if isinstance(factor, float) and factor == 1 else loss * factor
 
 
 class BatchObjective:
@@ -101,12 +79,12 @@ class BatchObjective:
                 "accelerator.prepare(model, optimizer) where there is one."
             )
         self._optimizer: LineSearchOptimizer = line_search
-        self._scaler = scaler or _scaler_of(optimizer)
+        self._scaler = scaler or scaler_of(optimizer)
         self.scene = Scene(model, modules)
         self.with_gradients = False  # whether an evaluation needs gradients of its own
         self.evaluating = False  # True while an evaluation runs
-        self._micro_batches: list[_MicroBatch] = []
-        self._earlier: list[_MicroBatch] = []  # differentiated before the last one was recorded
+        self._micro_batches: list[MicroBatch] = []
+        self._earlier: list[MicroBatch] = []  # differentiated before the last one was recorded
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
         self._update_complete = True
@@ -125,7 +103,7 @@ class BatchObjective:
 
         With several processes one that was not is the part of a process in an objective of all.
         """
-        return self._differentiated() or (_several_processes() and bool(self._micro_batches))
+        return self._differentiated() or (several_processes() and bool(self._micro_batches))
 
     @property
     def loss(self) -> Tensor | None:
@@ -172,7 +150,7 @@ class BatchObjective:
             )
 
         def run(*args: Any) -> tuple[Tensor, Tensor]:
-            loss = _checked(loss_fn(*args))
+            loss = checked_loss(loss_fn(*args))
             return loss, loss
 
         micro_batch, loss = self._record(run, inputs)
@@ -211,7 +189,7 @@ class BatchObjective:
 
     def _record(
         self, run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...]
-    ) -> tuple[_MicroBatch, Tensor]:
+    ) -> tuple[MicroBatch, Tensor]:
         """Run `run`, which returns what it returns and the loss to search on; remember it."""
         if self._differentiated() and self._update_complete and not self._has_gradients():
             self.clear()
@@ -219,23 +197,23 @@ class BatchObjective:
         self._earlier = [m for m in self._micro_batches if m.factors and self._update_complete]
         # FSDP2 holds the gradients of an unfinished update where `.grad` does not show them;
         # Accelerate knows. Without Accelerate this is always True.
-        self._update_complete = _synchronises_gradients()
-        micro_batch = _MicroBatch()
+        self._update_complete = synchronises_gradients()
+        micro_batch = MicroBatch()
         self._micro_batches.append(micro_batch)
         if not self._optimizer.search_due:
             return micro_batch, run(*inputs)[0]
-        kept = _copied(inputs, self._writes_into_inputs is not False)
-        versions = _versions(inputs)
+        kept = copied_inputs(inputs, self._writes_into_inputs is not False)
+        counts = write_counts(inputs)
         before = Snapshot(self.scene)
         returned, loss = run(*inputs)
         micro_batch.loss = loss.detach().reshape(())
-        if self._lost(versions, _versions(inputs)):
+        if self._lost(counts, write_counts(inputs)):
             micro_batch.loss = micro_batch.loss * math.nan  # no search on this one
 
         def repeat() -> Tensor:
             before.restore()
             reshard(self.scene.model)
-            _, again = run(*_copied(kept, self._writes_into_inputs is not False))
+            _, again = run(*copied_inputs(kept, self._writes_into_inputs is not False))
             reshard(self.scene.model)
             return again.detach().reshape(())
 
@@ -311,7 +289,7 @@ class BatchObjective:
                 self.evaluating = True
                 losses = self._evaluate()
             except Exception as error:
-                if not _several_processes():
+                if not several_processes():
                     raise
                 failure = error  # the others wait for this process's part of the mean
             finally:
@@ -327,26 +305,13 @@ class BatchObjective:
                 if "does not require grad" not in str(error):
                     raise
                 self.with_gradients = True
-        with torch.enable_grad(), self._gradients_kept():
+        of_modules = [p for _, m in self.scene.named_modules() for p in m.parameters(False)]
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        with torch.enable_grad(), gradients_aside([*of_modules, *trained]):
             return self._repeat_all()
 
     def _repeat_all(self) -> list[Tensor]:
         return [m.differentiated(m.repeat()) for m in self._micro_batches if m.factors and m.repeat]
-
-    @contextmanager
-    def _gradients_kept(self) -> Iterator[None]:
-        """Leave `.grad` as it is, whatever differentiates inside."""
-        of_modules = [p for _, m in self.scene.named_modules() for p in m.parameters(False)]
-        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-        params = list({id(p): p for p in (*of_modules, *trained)}.values())
-        grads = [p.grad for p in params]
-        try:
-            for param in params:
-                param.grad = None
-            yield
-        finally:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
 
     def clear(self) -> None:
         """Forget the recorded mini-batch."""
@@ -357,12 +322,13 @@ class BatchObjective:
 
     def try_with_gradients(self) -> bool:
         """Evaluate with gradients from now on; False if all processes do already."""
-        known = torch.tensor(float(self.with_gradients))
-        if _several_processes():
-            known = known.to(next(self.scene.model.parameters()).device)
-            dist.all_reduce(known, dist.ReduceOp.MIN)
+        known = all_have(self.with_gradients, self._device)
         self.with_gradients = True
         return not known
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.scene.model.parameters()).device
 
     def _differentiated(self) -> bool:
         return any(m.factors for m in self._micro_batches)
@@ -377,7 +343,7 @@ class BatchObjective:
             for param in group["params"]
         )
 
-    def _note_backward(self, micro_batch: _MicroBatch, factor: Tensor) -> None:
+    def _note_backward(self, micro_batch: MicroBatch, factor: Tensor) -> None:
         """Note that backward came, and by what it multiplies the loss."""
         factor = factor.detach()
         earlier, self._earlier = self._earlier, []
@@ -428,59 +394,7 @@ class BatchObjective:
         total = losses[0] if losses else torch.zeros(())
         for loss in losses[1:]:
             total = total + loss
-        if not _several_processes():
-            return total
-        device = next(self.scene.model.parameters()).device
-        both = torch.stack([total.to(device), total.new_full((), failure is not None).to(device)])
-        dist.all_reduce(both)
-        if failure is not None:
-            raise failure
-        if both[1]:
-            raise RuntimeError(
-                "Another process failed while it evaluated the loss; its error says why. This one "
-                "stops too, with the weights of before the search."
-            )
-        return both[0] / dist.get_world_size()
-
-
-def _checked(loss: Any) -> Tensor:
-    """Return the loss, if it is one."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss_fn returned a {type(loss).__name__}; it must return the loss, a tensor with one "
-            "element: model(**batch).loss, not model(**batch), and no .item()."
-        )
-    if loss.numel() != 1:
-        raise TypeError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it must return one number: "
-            "write loss.mean()."
-        )
-    return loss
-
-
-def _copied(value: Any, tensors: bool) -> Any:
-    """Copy containers, of any depth, and with `tensors` what they hold."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad) if tensors else value
-    if type(value) in (tuple, list):
-        return type(value)(_copied(entry, tensors) for entry in value)
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key, entry in value.items():
-            result[key] = _copied(entry, tensors)
-        return result
-    return value
-
-
-def _versions(value: Any) -> list[int | None]:
-    """Return how often each tensor of a nested container was written into."""
-    if isinstance(value, Tensor):
-        return [None if value.is_inference() else value._version]
-    if isinstance(value, MutableMapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [version for entry in value for version in _versions(entry)]
-    return []
+        return mean_over_processes(total, self._device, failure)
 
 
 def _is_scale(factor: float) -> bool:
@@ -496,31 +410,3 @@ def _one_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def unwrap_optimizer(optimizer: Optimizer | None) -> LineSearchOptimizer | None:
-    """Return the line-search optimizer inside Accelerate's wrapper, or None if it is another."""
-    while _is_accelerated(optimizer):
-        optimizer = optimizer.optimizer  # type: ignore[union-attr]
-    return optimizer if isinstance(optimizer, LineSearchOptimizer) else None
-
-
-def _is_accelerated(optimizer: Optimizer | None) -> bool:
-    # Where Accelerate is not loaded, nothing is wrapped; to import it costs a second.
-    accelerate = sys.modules.get("accelerate.optimizer")
-    return accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer)
-
-
-def _scaler_of(optimizer: Optimizer) -> GradScaler | None:
-    """Return the gradient scaler that Accelerate uses with an optimizer."""
-    return optimizer.scaler if _is_accelerated(optimizer) else None  # type: ignore[attr-defined]
-
-
-def _synchronises_gradients() -> bool:
-    """Return whether this micro-batch ends an update, as far as Accelerate knows."""
-    accelerate = sys.modules.get("accelerate.state")
-    return accelerate is None or bool(accelerate.GradientState().sync_gradients)

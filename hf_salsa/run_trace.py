@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .objective import unwrap_optimizer
+from .accelerated import unwrap_optimizer
 from .rules import SearchRecord
 
 _MOST_POINTS = 500

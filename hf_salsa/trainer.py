@@ -19,12 +19,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
+from .accelerated import unwrap_optimizer
 from .model_card import write_model_card
-from .objective import BatchObjective, unwrap_optimizer
+from .objective import BatchObjective
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .refusals import refuse_what_comes_out_wrong
 from .run_trace import RunTrace
 from .training_args import (
     SaLSaArgumentsMixin,
@@ -34,24 +35,6 @@ from .training_args import (
     resolved_max_grad_norm,
 )
 
-_GENERATES = (
-    "it generates new data in every training step, so there is no mini-batch to evaluate again"
-)
-# Class name -> why a search on its loss cannot come out right.
-_REFUSED_TRAINERS = dict.fromkeys(
-    (
-        *("A2POTrainer", "AsyncDistillationTrainer", "AsyncGRPOTrainer", "DistillationTrainer"),
-        *("GKDTrainer", "GOLDTrainer", "GRPOTrainer", "IWOPDTrainer", "NashMDTrainer"),
-        *("OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer", "SDFTTrainer", "SDPOTrainer"),
-        "XPOTrainer",
-    ),
-    _GENERATES,
-)
-# Value of `loss_type` in TRL's arguments -> the same.
-_REFUSED_LOSSES = {
-    "dft": "its gradient is not its derivative (the weights of the tokens are detached), so no "
-    "step size can be judged by it",
-}
 # The names under which Trainer takes parameters from the optimizer's arguments.
 _PARAMETER_OPTIONS = {"params", "model", "optimizer_dict"}
 
@@ -121,55 +104,12 @@ class SaLSaTrainerMixin(_Base):
                     stacklevel=2,
                 )
         if uses_line_search:
-            self._refuse_what_comes_out_wrong(name)
+            refuse_what_comes_out_wrong(self, name)
 
     @property
     def line_search(self) -> LineSearchOptimizer | None:
         """The line-search optimizer, without Accelerate's wrapper; None with any other."""
         return unwrap_optimizer(self.optimizer)
-
-    def _refuse_what_comes_out_wrong(self, name: str) -> None:
-        """Raise a `ValueError` with the reason and the alternative before training starts."""
-        refused = [b.__name__ for b in type(self).__mro__ if b.__name__ in _REFUSED_TRAINERS]
-        loss_type = vars(self.args).get("loss_type")  # TRL's
-        losses = [loss_type] if isinstance(loss_type, str) else list(loss_type or [])
-        refused_losses = [name for name in losses if name in _REFUSED_LOSSES]
-        parallelism = self.accelerator.parallelism_config
-        reasons = [
-            (
-                self.train_dataset is not None
-                and has_length(self.train_dataset)
-                and len(self.train_dataset) == 0,
-                "an empty train_dataset: there is nothing to train on. Check the path and the "
-                "filters of the data",
-            ),
-            (
-                self.is_deepspeed_enabled,
-                "DeepSpeed: its engine steps inside backward, where the loss cannot be "
-                "re-evaluated. Use FSDP2 or DDP (torchrun) instead",
-            ),
-            (
-                self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2,
-                "FSDP version 1: it hides the parameters from the optimizer. Use FSDP2 "
-                "(fsdp_config version 2) instead",
-            ),
-            (
-                self.args.n_gpu > 1,
-                "nn.DataParallel, which one process with several GPUs falls into. Start one "
-                "process per GPU (torchrun --nproc_per_node N script.py) or set "
-                "CUDA_VISIBLE_DEVICES=0",
-            ),
-            (
-                parallelism is not None and parallelism.total_size != parallelism.dp_replicate_size,
-                "context, sequence or tensor parallelism: each rank holds a part of one loss. Use "
-                "DDP (torchrun) instead",
-            ),
-            *((True, f"{trainer}: {_REFUSED_TRAINERS[trainer]}") for trainer in refused),
-            *((True, f"loss_type={loss!r}: {_REFUSED_LOSSES[loss]}") for loss in refused_losses),
-        ]
-        for applies, reason in reasons:
-            if applies:
-                raise ValueError(f"{name} does not work with {reason}; or use a stock optimizer.")
 
     def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # as sentence-transformers does
         self, args: TrainingArguments, model: PreTrainedModel | None = None

@@ -5,7 +5,8 @@ user who has none a second.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -42,6 +43,20 @@ def local(tensor: Tensor) -> Tensor:
     if is_sharded(tensor):
         tensor = tensor.to_local()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@contextmanager
+def gradients_aside(params: Iterable[Tensor]) -> Iterator[None]:
+    """Keep `.grad` of parameters out of reach of what runs inside; afterwards it is as before."""
+    distinct = {id(p): p for p in params}.values()
+    grads = [p.grad for p in distinct]
+    try:
+        for param in distinct:
+            param.grad = None
+        yield
+    finally:
+        for param, grad in zip(distinct, grads, strict=True):
+            param.grad = grad
 
 
 def locals_of(columns: list[list[Any]], params: list[Tensor]) -> list[list[Tensor]]:

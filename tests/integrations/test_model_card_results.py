@@ -12,8 +12,8 @@ from card_runs import HISTORY, CardWriter, end, evaluation, section, table, trai
 from huggingface_hub import ModelCard
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa.accelerated import unwrap_optimizer
 from hf_salsa.model_card import write_model_card
-from hf_salsa.objective import unwrap_optimizer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from noisy import clones, streams
 from torch import nn
 
 from hf_salsa import BatchObjective, SaLSaAdam, SaLSaSGD
-from hf_salsa.objective import unwrap_optimizer
+from hf_salsa.accelerated import unwrap_optimizer
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -8,7 +8,7 @@ import torch
 from noisy import Noisy, clones, streams
 
 from hf_salsa import BatchObjective, SaLSaSGD, traces
-from hf_salsa.traces import Scene
+from hf_salsa.scene import Scene
 
 
 def test_evaluation_leaves_no_trace(model):
