@@ -5,7 +5,8 @@ direction of one's own: a subclass of `LineSearchOptimizer`.
 """
 
 from .adam import LineSearchAdam, SaLSaAdam, SaLSaAdamPlus, SLSAdam
-from .base import LineSearchOptimizer, Objective
+from .base import LineSearchOptimizer
+from .evaluation import Objective
 from .sgd import SLSSGD, LineSearchSGD, SaLSaSGD, SaLSaSGDPlus
 from .state import Counters
 from .trial_points import Chunk

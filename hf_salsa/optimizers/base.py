@@ -3,76 +3,41 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..rules import Line, Outcome, RuleState, SearchRecord, StepSizeRule
+from ..rules import RuleState, SearchRecord, StepSizeRule
 from ..settings import check_setting
 from . import messages, updates
-from .checks import check_derivative, refuse_hopeless
-from .signature import refuse_learning_rate
-from .skips import UnreadSkips, give_up_after_too_many
+from .checks import ask, check_derivative, differentiated, refuse_hopeless, unusable
+from .direction import Direction
+from .evaluation import Closure, Evaluation, Objective, spacing
+from .signature import refuse_learning_rate, refuse_names
+from .skips import UnreadSkips, give_up_after_too_many, gradient_norm
 from .state import (
     Counters,
     RunState,
-    fit,
+    changed_settings,
     names_of,
     read,
+    refuse_another_kind,
+    refuse_own_values,
     restore_precision,
+    shared_names,
     with_tensors,
     write,
-    written_by,
 )
-from .tensors import LOW_PRECISION, dots, locals_of, sum_over_shards
+from .tensors import LOW_PRECISION, dots
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
-from .updates import Update
-
-Closure: TypeAlias = Callable[[], Tensor | float]
 
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
 
 
-class Objective(Protocol):
-    """The loss of the mini-batch whose gradients are in `.grad`, re-evaluable at other weights.
-
-    `hf_salsa.BatchObjective` is the implementation; it attaches itself to its optimizer, whose
-    `step()` then needs no closure.
-    """
-
-    @property
-    def recorded(self) -> bool:
-        """Whether a mini-batch is recorded."""
-
-    @property
-    def loss(self) -> Tensor | None:
-        """f_k(w_k) as training computed it, or None where it is not known."""
-
-    @property
-    def clip_factor(self) -> Tensor | float:
-        """What gradient clipping multiplied the gradients by, 1 without clipping."""
-
-    @property
-    def gradient_norm(self) -> Tensor | float | None:
-        """The norm of all gradients, or None if nobody computed it."""
-
-    with_gradients: bool  # whether evaluations need gradients of their own
-
-    def try_with_gradients(self) -> bool:
-        """Evaluate with gradients from now on; False if all processes do already."""
-
-    def __call__(self) -> Tensor:
-        """Return the loss at the current weights."""
-
-    def clear(self) -> None:
-        """Forget the mini-batch."""
-
-
-class LineSearchOptimizer(Optimizer):
+class LineSearchOptimizer(Direction, Optimizer):
     """A torch optimizer whose step size a rule finds on the mini-batch itself.
 
     A subclass brings the direction (`LineSearchAdam`, `LineSearchSGD`), and a subclass of that the
@@ -92,8 +57,6 @@ class LineSearchOptimizer(Optimizer):
     """
 
     rule_type: ClassVar[type[StepSizeRule[Any]]]
-    options: ClassVar[dict[str, Any]] = {}  # of the direction, with their defaults
-    base_name: ClassVar[str]  # whose steps these are, for readers
 
     def __init__(
         self, params: ParamsT, *args: Any, total_steps: int | None = None, **settings: Any
@@ -103,25 +66,14 @@ class LineSearchOptimizer(Optimizer):
 
     def set_up(self, params: ParamsT, total_steps: int | None, settings: dict[str, Any]) -> None:
         """Finish the construction; every `__init__` ends here."""
-        of_rule = names_of(self.rule_type)
-        of_state = {*names_of(self.rule_type.state_type), *names_of(RunState)}
-        if clash := sorted(of_state & {*of_rule, *self.options}):
-            raise TypeError(
-                f"{clash[0]!r} is a setting and a name of the state of {type(self).__name__}; both "
-                "are kept in one dictionary. Give the state another name."
-            )
-        unknown = sorted(settings.keys() - self.options.keys() - set(of_rule))
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no setting {unknown[0]!r}. It has: "
-                f"{', '.join([*of_rule, *self.options, 'total_steps'])}."
-            )
+        refuse_names(type(self), settings)
         options = {name: settings.get(name, default) for name, default in self.options.items()}
         for name, value in options.items():
             check_setting(name, value)
         if total_steps is not None:
             check_setting("total_steps", total_steps)
-        rule = self.rule_type(**{name: settings[name] for name in of_rule if name in settings})
+        of_rule = {n: settings[n] for n in names_of(self.rule_type) if n in settings}
+        rule = self.rule_type(**of_rule)
         state = self.rule_type.state_type(rule.initial_step_size)
         run = RunState(run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **vars(rule), **options, **vars(state), **vars(run)}
@@ -135,31 +87,6 @@ class LineSearchOptimizer(Optimizer):
         self._unread_skips = UnreadSkips()
         self._warned: set[str] = set()
         self._checked = False  # whether the objective is the loss that is differentiated
-
-    # --- what a direction brings
-
-    def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the state of a parameter before its first step, of fixed names and shapes."""
-        raise NotImplementedError
-
-    def direction(self, chunk: Chunk) -> list[Tensor]:
-        """Return -d_k, the tested direction with its sign turned; float32 or wider."""
-        raise NotImplementedError
-
-    def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what `direction` does, and <g_k, p_k> of each piece (see `Line.agreement`)."""
-        raise NotImplementedError
-
-    def take_step(self, update: Update) -> None:
-        """Move the moments by one step and the weights along the final direction."""
-        raise NotImplementedError
-
-    def step_numbers(self, params: list[Tensor], group: dict[str, Any]) -> list[int]:
-        """Return k of each parameter for the coming step, for directions that need it."""
-        return [0] * len(params)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raise a `ValueError` if options of a group do not go together."""
 
     # --- what a user reads and says
 
@@ -246,14 +173,8 @@ class LineSearchOptimizer(Optimizer):
                 range. All groups share one step size.
         """
         current = self.param_groups[0] if self.param_groups else self.defaults
-        shared = {name: current[name] for name in self._shared_names()}
-        for name in shared:
-            if name in param_group and param_group[name] != current[name]:
-                raise ValueError(
-                    f"{name}={param_group[name]!r} in a parameter group is not allowed: one line "
-                    f"search sets one step size for all groups. Remove it there; pass line-search "
-                    f"settings to {type(self).__name__} itself."
-                )
+        shared = {name: current[name] for name in shared_names(type(self))}
+        refuse_own_values(type(self), param_group, shared)
         group = {**param_group, **shared}
         for name in self.defaults.keys() - shared.keys():
             check_setting(name, group.setdefault(name, self.defaults[name]))
@@ -278,7 +199,12 @@ class LineSearchOptimizer(Optimizer):
         Raises:
             ValueError: The checkpoint is of another optimizer.
         """
-        self._check_loadable(state_dict["param_groups"][0])
+        saved = state_dict["param_groups"][0]
+        refuse_another_kind(type(self), saved, LineSearchOptimizer)
+        changed = changed_settings(self.default_settings(), saved, self.param_groups[0])
+        if changed:
+            text = messages.OTHER_SETTINGS.format(changed=", ".join(changed))
+            self._warn_once(f"settings {changed}", text)
         here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
         groups = [here | group for group in state_dict["param_groups"]]
         super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})
@@ -341,13 +267,13 @@ class LineSearchOptimizer(Optimizer):
         state, run = self._read()
         norm = self._objective.gradient_norm if self._objective else None
         if norm is None:
-            norm = self._norm(params)
+            norm = gradient_norm(params)
         # The gradients decide whether there is a step, the loss whether there is a search.
         found_inf = None
         on_host = not isinstance(norm, Tensor) or norm.device.type in _HOST_DEVICES
         if state.search_due or on_host:
             state, run = self._settled()
-            if not math.isfinite(norm) and not math.isfinite(self._norm(params, largest=True)):
+            if not math.isfinite(norm) and not math.isfinite(gradient_norm(params, largest=True)):
                 self._skip(state, run)
                 return loss
         else:
@@ -371,15 +297,6 @@ class LineSearchOptimizer(Optimizer):
     def _search(
         self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState
     ) -> tuple[Tensor | float | None, RuleState, RunState]:
-        calls = 0
-
-        def evaluate() -> Tensor | float:
-            nonlocal calls
-            calls += 1
-            # Autocast caches the low-precision copy of every weight that it has seen.
-            torch.clear_autocast_cache()
-            return self._call(closure)
-
         chunks = list(
             cut(
                 self.param_groups,
@@ -388,28 +305,28 @@ class LineSearchOptimizer(Optimizer):
                 backups=self._backups,
             )
         )
+        params = [p for group in self.param_groups for p in group["params"]]
+        evaluate = Evaluation(closure, self._objective, params)
         first = not state.step_size_known and not self._checked
-        exact = True
+        fault = None
         if first and loss is None:
             loss = evaluate()
         if first and loss is not None and math.isfinite(loss):
-            exact = self._replays(loss, evaluate, chunks)
-            run = replace(run, reevaluate_loss=not exact)
+            fault = evaluate.fault(loss, spacing(loss, chunks))
+            if fault is not None:
+                self._warn_once("replay", fault)
+            run = replace(run, reevaluate_loss=fault is not None)
         if loss is None or run.reevaluate_loss:
             loss = evaluate()
-        epsilon = _epsilon(loss, chunks)
+        epsilon = spacing(loss, chunks)
         with TrialPoints(chunks, self.direction) as points:
-            line = self._line(points, evaluate, float(loss), epsilon, state)
-            if not math.isfinite(line.loss):
-                record, searched = self._no_search(line, state, "loss")
-            elif not math.isfinite(line.slope) or not line.agreement <= math.inf:
-                record, searched = self._no_search(line, state, "slope")
-            else:
-                if first and exact and not any(c.params[0].dtype in LOW_PRECISION for c in chunks):
-                    check_derivative(line)
-                record, searched = self.rule.search(state, line)
-                if not all(map(math.isfinite, vars(searched).values())):
-                    record, searched = self._no_search(line, state, "overflow")
+            line = evaluate.line(
+                points, self._measure, self.rule, state, loss=float(loss), epsilon=epsilon
+            )
+            precise = not any(c.params[0].dtype in LOW_PRECISION for c in chunks)
+            if first and fault is None and precise and unusable(line) is None:
+                check_derivative(line)
+            record, searched = ask(self.rule, state, line)
         torch.clear_autocast_cache()
         self._checked = self._checked or math.isfinite(line.loss)
         self._last_search = record
@@ -418,72 +335,7 @@ class LineSearchOptimizer(Optimizer):
             refuse_hopeless(record, searched, line)
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
-        return loss, searched, replace(run, trials=run.trials + calls)
-
-    def _line(
-        self,
-        points: TrialPoints,
-        evaluate: Callable[[], Tensor | float],
-        loss: float,
-        epsilon: float,
-        state: RuleState,
-    ) -> Line:
-        """Return what the rule may know, with the first trial point written already."""
-        clip_factor = float(self._objective.clip_factor) if self._objective else 1.0
-
-        def unclipped(slope: float) -> float:
-            return slope / clip_factor if clip_factor else math.nan
-
-        def loss_at(step_size: float) -> float:
-            points.move_to(step_size)
-            return float(evaluate())
-
-        def look_back() -> tuple[float, float]:
-            slope = unclipped(points.undo_last_step())
-            return float(evaluate()), slope
-
-        rule = self.rule
-        slope, *agreement = points.first(rule.first_trial(state), self._measure)
-        line = Line(
-            loss_at,
-            loss=loss,
-            slope=unclipped(slope),
-            resolution=epsilon * abs(loss),
-            agreement=unclipped(agreement[0]) if agreement else 0.0,
-        )
-        return replace(line, look_back=look_back) if rule.looks_back else line
-
-    @staticmethod
-    def _no_search(
-        line: Line, state: RuleState, outcome: Outcome
-    ) -> tuple[SearchRecord, RuleState]:
-        failed = state.failed()
-        return SearchRecord.of(line, failed, outcome=outcome), failed
-
-    def _call(self, closure: Closure) -> Tensor | float:
-        """Return the loss of a closure; one of the user's must leave the gradients alone."""
-        if closure is self._objective:
-            return closure()
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        try:
-            for param in params:
-                param.grad = None  # out of reach of a zero_grad() in the closure
-            loss = closure()
-            if any(p.grad is not None for p in params):
-                raise RuntimeError(messages.BACKWARD_IN_CLOSURE)
-        except RuntimeError as error:
-            if "does not require grad" in str(error):
-                raise RuntimeError(messages.BACKWARD_IN_CLOSURE) from error
-            raise
-        finally:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
-        if not isinstance(loss, (int, float)) and not (
-            isinstance(loss, Tensor) and loss.numel() == 1
-        ):
-            raise TypeError(messages.NO_NUMBER.format(kind=type(loss).__name__))
-        return loss
+        return loss, searched, replace(run, trials=run.trials + evaluate.count)
 
     def _measure(self, chunk: Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement."""
@@ -493,19 +345,10 @@ class LineSearchOptimizer(Optimizer):
         direction = self.direction(chunk)
         return direction, [dots(chunk.grads, direction)]
 
-    # --- what a step asks before
-
     def _ready(self, closure: Closure | None, params: list[Tensor]) -> Closure:
         """Raise a `RuntimeError` if there is no loss, or no gradient, or no end to cool down to."""
         name = type(self).__name__
-        if closure is not None and not callable(closure):
-            raise TypeError(messages.NO_FUNCTION.format(kind=type(closure).__name__))
-        if closure is None:
-            raise RuntimeError(messages.NO_LOSS.format(name=name))
-        if not params:
-            raise RuntimeError(messages.NO_GRADIENTS.format(name=name))
-        if any(p.grad.is_sparse for p in params if p.grad is not None):
-            raise RuntimeError(messages.SPARSE.format(name=name))
+        closure = differentiated(closure, params, name)
         state, run = self._read()
         if self.rule.cool_down and not run.run_steps:
             raise RuntimeError(messages.NO_END.format(name=name))
@@ -514,63 +357,7 @@ class LineSearchOptimizer(Optimizer):
             self._warn_once("lr", messages.LR_WAS_SET.format(lr=lr, name=name))
         return closure
 
-    @staticmethod
-    def _norm(params: list[Tensor], largest: bool = False) -> Tensor:
-        """Return the norm of all gradients, not finite if one is not or if it overflows.
-
-        `largest` takes the sum of their largest elements instead, which does not overflow.
-        """
-        (grads,) = locals_of([[p.grad for p in params]], params)
-        norms = list(torch._foreach_norm(grads, math.inf if largest else 2))
-        return sum_over_shards([norms], params).squeeze(0)
-
-    def _replays(
-        self, loss: Tensor | float, evaluate: Callable[[], Tensor | float], chunks: list[Chunk]
-    ) -> bool:
-        """Return whether the objective at w_k is the loss that was differentiated; warn if not.
-
-        Up to a few roundings of the loss's precision.
-        """
-        trained, objective = float(loss), self._objective
-        tolerance = 32 * _epsilon(loss, chunks) * abs(trained)
-        replayed = float(evaluate())
-        if abs(trained - replayed) <= tolerance:
-            return True
-        if objective is not None and objective.try_with_gradients():  # what is computed may differ
-            again = math.nan
-            try:
-                again = float(evaluate())
-            finally:
-                objective.with_gradients = abs(trained - again) <= tolerance
-            if objective.with_gradients:
-                return True
-        text = messages.REPLAY.format(trained=trained, replayed=replayed)
-        self._warn_once("replay", text)
-        return False
-
     # --- state
-
-    def _check_loadable(self, group: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer; name settings that differ."""
-        writer = written_by(group, LineSearchOptimizer)
-        if writer is None or fit(type(self), group) < fit(writer, group):
-            name = writer.__name__ if writer else "another kind of optimizer"
-            raise ValueError(
-                f"This checkpoint was not written by {type(self).__name__} but by {name}. Resume "
-                "with the optimizer that wrote it."
-            )
-        here = self.param_groups[0]
-        changed = [
-            f"{name}={group[name]!r} (here {here[name]!r})"
-            for name in self.default_settings()
-            if name in group and _plain(group[name]) != _plain(here[name])
-        ]
-        if changed:
-            self._warn_once(
-                f"settings {changed}",
-                f"The checkpoint has other settings, and they hold: {', '.join(changed)}. To go on "
-                "with other ones, set them in param_groups after loading.",
-            )
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter; make it if there is none."""
@@ -605,13 +392,10 @@ class LineSearchOptimizer(Optimizer):
             total, in_a_row = unread
             run = replace(run, skipped_steps=run.skipped_steps + total, consecutive_skips=in_a_row)
             state = replace(state, steps_since_search=state.steps_since_search - total)
-            self._write(state, run)
-            if total:
-                self._warn_once("skip", messages.SKIPPED.format(step=run.steps))
-            give_up_after_too_many(in_a_row)
+            self._write_skips(state, run, new=total)
         return state, run
 
-    def _skip(self, state: RuleState, run: RunState) -> tuple[RuleState, RunState]:
+    def _skip(self, state: RuleState, run: RunState) -> None:
         """Count a step that is not taken."""
         run = replace(
             run,
@@ -619,10 +403,13 @@ class LineSearchOptimizer(Optimizer):
             skipped_steps=run.skipped_steps + 1,
             consecutive_skips=run.consecutive_skips + 1,
         )
+        self._write_skips(state, run, new=1)
+
+    def _write_skips(self, state: RuleState, run: RunState, new: int) -> None:
         self._write(state, run)
-        self._warn_once("skip", messages.SKIPPED.format(step=run.steps))
+        if new:
+            self._warn_once("skip", messages.SKIPPED.format(step=run.steps))
         give_up_after_too_many(run.consecutive_skips)
-        return state, run
 
     def _applied(self, state: RuleState, run: RunState) -> float:
         """Return the step size of the latest step."""
@@ -631,27 +418,9 @@ class LineSearchOptimizer(Optimizer):
         latest = max(0, run.steps - 1 - run.run_start)
         return float(state.step_size * self.rule.factor(latest, run.run_steps))
 
-    def _shared_names(self) -> list[str]:
-        """Return what all parameter groups share: one search, one step size."""
-        records = (self.rule_type, self.rule_type.state_type, RunState)
-        names = [name for record in records for name in names_of(record)]
-        return [*names, *(name for name in self.options if name == "direction"), "lr"]
-
     # --- warnings
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=2)
-
-
-def _epsilon(loss: Tensor | float | None, chunks: list[Chunk]) -> float:
-    """Return the relative spacing of the numbers in which the loss was computed."""
-    known = isinstance(loss, Tensor) and loss.is_floating_point()
-    dtype = loss.dtype if known and isinstance(loss, Tensor) else chunks[0].params[0].dtype
-    return torch.finfo(dtype).eps
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as it compares: JSON and some checkpoints make lists of tuples."""
-    return tuple(value) if isinstance(value, list) else value

@@ -1,9 +1,13 @@
-"""Checks that the loss of the search is the one whose gradient is used."""
+"""Checks: is there a step to take, a line to search, and is its loss the differentiated one."""
 
 import math
+from typing import Any
 
-from ..rules import Line, RuleState, SearchRecord
+from torch import Tensor
+
+from ..rules import Line, Outcome, RuleState, SearchRecord, StepSizeRule
 from . import messages
+from .evaluation import Closure
 
 # Shares of the loss by which it should fall at the trial steps of the check, the likeliest first;
 # the smallest is for gradients that are far too small, the largest for losses that are noisy.
@@ -12,6 +16,50 @@ _CLEAR = 100  # times the loss's resolution: such a change shows
 _RIGHT = (0.7, 1.4)  # what decrease over eta * slope may be
 _ALIKE = 1.3  # ratios that differ by no more show a straight line
 _HOPELESS = 20  # searches without any success
+
+
+def differentiated(closure: Closure | None, params: list[Tensor], name: str) -> Closure:
+    """Return a closure, if it is one and there are gradients to go with it.
+
+    Args:
+        closure: What `step()` was given, or the objective.
+        params: The parameters that have a gradient.
+        name: Of the optimizer, for readers.
+
+    Raises:
+        TypeError: It is no function.
+        RuntimeError: There is none, or no gradient, or a sparse one.
+    """
+    if closure is not None and not callable(closure):
+        raise TypeError(messages.NO_FUNCTION.format(kind=type(closure).__name__))
+    if closure is None:
+        raise RuntimeError(messages.NO_LOSS.format(name=name))
+    if not params:
+        raise RuntimeError(messages.NO_GRADIENTS.format(name=name))
+    if any(p.grad.is_sparse for p in params if p.grad is not None):
+        raise RuntimeError(messages.SPARSE.format(name=name))
+    return closure
+
+
+def unusable(line: Line) -> Outcome | None:
+    """Return why no rule can search a line, or None."""
+    if not math.isfinite(line.loss):
+        return "loss"
+    if not math.isfinite(line.slope) or not line.agreement <= math.inf:
+        return "slope"
+    return None
+
+
+def ask(rule: StepSizeRule[Any], state: RuleState, line: Line) -> tuple[SearchRecord, RuleState]:
+    """Let a rule search; the search fails on a line that is unusable and where numbers overflow."""
+    outcome = unusable(line)
+    if outcome is None:
+        record, searched = rule.search(state, line)
+        if all(map(math.isfinite, vars(searched).values())):
+            return record, searched
+        outcome = "overflow"
+    failed = state.failed()
+    return SearchRecord.of(line, failed, outcome=outcome), failed
 
 
 def check_derivative(line: Line) -> None:

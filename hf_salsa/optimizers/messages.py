@@ -50,6 +50,10 @@ BACKWARD_IN_CLOSURE = (
     "loss. Call loss.backward() once, before step(closure, loss=loss). A loss that takes a "
     "derivative of its own belongs into a BatchObjective."
 )
+OTHER_SETTINGS = (
+    "The checkpoint has other settings, and they hold: {changed}. To go on with other "
+    "ones, set them in param_groups after loading."
+)
 WRONG_DERIVATIVE = (
     "The gradients are not those of the loss that is searched: at a small step it fell by "
     "{ratio:.3g} times what they predict. Look for: clipping by value, or by norm without telling "

@@ -1,9 +1,11 @@
-"""Constructors that state their signature and nothing else."""
+"""Constructors that state their signature and nothing else, and what they refuse."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from .state import RunState, names_of
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -41,3 +43,25 @@ def refuse_learning_rate(optimizer: Any, positional: Any, keywords: dict[str, An
         f"{name} got {given}, but there is no learning rate: the line search finds the step size. "
         f"Write {name}(params), with settings by name, for example {name}(params, c=0.3)."
     )
+
+
+def refuse_names(optimizer: type[Any], settings: dict[str, Any]) -> None:
+    """Raise a `TypeError` for settings that are unknown, or named as a state of the optimizer is.
+
+    Args:
+        optimizer: A class of line-search optimizers.
+        settings: What it was given by name.
+    """
+    of_rule = names_of(optimizer.rule_type)
+    of_state = {*names_of(optimizer.rule_type.state_type), *names_of(RunState)}
+    if clash := sorted(of_state & {*of_rule, *optimizer.options}):
+        raise TypeError(
+            f"{clash[0]!r} is a setting and a name of the state of {optimizer.__name__}; both are "
+            "kept in one dictionary. Give the state another name."
+        )
+    unknown = sorted(settings.keys() - optimizer.options.keys() - set(of_rule))
+    if unknown:
+        raise TypeError(
+            f"{optimizer.__name__} has no setting {unknown[0]!r}. It has: "
+            f"{', '.join([*of_rule, *optimizer.options, 'total_steps'])}."
+        )

@@ -1,11 +1,23 @@
 """Gradients that are not finite: a step is skipped and counted; after 20 in a row it is over."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from .tensors import whole
+from .tensors import locals_of, sum_over_shards, whole
 
 MAX_CONSECUTIVE_SKIPS = 20
+
+
+def gradient_norm(params: list[Tensor], largest: bool = False) -> Tensor:
+    """Return the norm of all gradients, not finite if one is not or if it overflows.
+
+    `largest` takes the sum of their largest elements instead, which does not overflow.
+    """
+    (grads,) = locals_of([[p.grad for p in params]], params)
+    norms = list(torch._foreach_norm(grads, math.inf if largest else 2))
+    return sum_over_shards([norms], params).squeeze(0)
 
 
 class UnreadSkips:

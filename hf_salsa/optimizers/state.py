@@ -4,6 +4,7 @@ Each parameter group holds the same scalars under fixed keys, present from the s
 state of the rule, `RunState`, and `lr`, the step size last applied.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -76,6 +77,24 @@ def write(groups: list[dict[str, Any]], *records: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+def shared_names(optimizer: type[Any]) -> list[str]:
+    """Return what all parameter groups share: one search, one step size."""
+    records = (optimizer.rule_type, optimizer.rule_type.state_type, RunState)
+    names = [name for record in records for name in names_of(record)]
+    return [*names, *(name for name in optimizer.options if name == "direction"), "lr"]
+
+
+def refuse_own_values(optimizer: type[Any], group: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a parameter group has a value of its own of what all share."""
+    for name, value in shared.items():
+        if name in group and group[name] != value:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group is not allowed: one line search sets "
+                "one step size for all groups. Remove it there; pass line-search settings to "
+                f"{optimizer.__name__} itself."
+            )
+
+
 def fit(optimizer: type[Any], group: dict[str, Any]) -> int:
     """Return how much of an optimizer class's state a saved parameter group holds: all, or 0.
 
@@ -95,6 +114,33 @@ def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
     with_rule = [cls for cls in classes if getattr(cls, "rule_type", None) is not None]
     best = max(with_rule, key=lambda cls: fit(cls, group), default=None)
     return best if best is not None and fit(best, group) else None
+
+
+def refuse_another_kind(optimizer: type[Any], group: dict[str, Any], base: type[Any]) -> None:
+    """Raise a `ValueError` if another subclass of `base` wrote a saved parameter group."""
+    writer = written_by(group, base)
+    if writer is None or fit(optimizer, group) < fit(writer, group):
+        name = writer.__name__ if writer else "another kind of optimizer"
+        raise ValueError(
+            f"This checkpoint was not written by {optimizer.__name__} but by {name}. Resume with "
+            "the optimizer that wrote it."
+        )
+
+
+def changed_settings(
+    names: Iterable[str], saved: dict[str, Any], here: dict[str, Any]
+) -> list[str]:
+    """Return what differs between two parameter groups, `name=saved (here ...)`."""
+    return [
+        f"{name}={saved[name]!r} (here {here[name]!r})"
+        for name in names
+        if name in saved and _plain(saved[name]) != _plain(here[name])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as it compares: JSON and some checkpoints make lists of tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def with_tensors(state_dict: dict[str, Any]) -> dict[str, Any]:
