@@ -180,6 +180,11 @@ class SaLSaAdam(LineSearchAdam):
         Kenneweg, Kenneweg, Fumagalli, Hammer: "No learning rates needed: Introducing SALSA - Stable
         Armijo Line Search Adaptation" (IJCNN 2024).
 
+    Warning:
+        The gradients must be the derivative of the loss that is evaluated: a loss with detached
+        factors has no step size that can be judged by it. And d_k must descend, which `"gradient"`
+        always does and `"momentum"` need not: such a search fails, the step size stays as it was.
+
     Example:
         >>> optimizer = SaLSaAdam(model.parameters())
         >>> objective = BatchObjective(model, optimizer)
