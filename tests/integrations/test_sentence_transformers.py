@@ -105,15 +105,18 @@ def test_encoder_replay_is_exact_and_silent(make, case):
     check_replay(make, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_encoder_metrics_are_those_of_training(make, case):
     check_metrics(make, case)
 
 
+@pytest.mark.slow
 def test_a_stock_optimizer_trains_an_encoder_as_stock(make):
     check_stock(make, CASES["with trained loss"])
 
 
+@pytest.mark.slow
 def test_a_resumed_encoder_equals_the_straight_run(make):
     check_resume(make, CASES["plain"])
 

@@ -10,6 +10,7 @@ from transformers import Trainer, set_seed
 from hf_salsa import BatchObjective, SaLSaAdam, SaLSaTrainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["salsa_adam", "salsa_sgd", "salsa_adam_plus", "salsa_sgd_plus"])
 def test_accumulation_gives_the_same_trajectory(arguments, gpt2, texts, optim):
     """Of a model whose stock loss is the same however a batch is cut."""
@@ -35,6 +36,7 @@ def test_accumulation_gives_the_same_trajectory(arguments, gpt2, texts, optim):
             torch.testing.assert_close(net[name], expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
 def test_the_loss_is_that_of_a_stock_run(arguments, bert, sentences, accumulation):
     """Stock Trainer adds up what BERT's classification returns: so do the log and the search."""
@@ -54,6 +56,7 @@ def test_the_loss_is_that_of_a_stock_run(arguments, bert, sentences, accumulatio
     assert trainer.line_search.last_search.loss == pytest.approx(logged[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_search_does_not_depend_on_the_scale_of_the_loss(arguments, bert, sentences):
     """Cut into 8, BERT's loss is 8 times as large (11): Adam takes the same steps up to eps."""
     sizes = []

@@ -18,6 +18,7 @@ from transformers import (
 from hf_salsa import SaLSaSeq2SeqTrainer, SaLSaSeq2SeqTrainingArguments, SaLSaTrainer
 
 
+@pytest.mark.slow
 def test_learns(arguments, bert, sentences):
     args = arguments(num_train_epochs=30, max_steps=-1, eval_strategy="epoch")
     trainer = SaLSaTrainer(
@@ -34,6 +35,7 @@ def test_learns(arguments, bert, sentences):
     assert after["eval_accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_second_train_goes_on(arguments, bert, sentences):
     trainer = SaLSaTrainer(bert(), arguments(), train_dataset=sentences)
     trainer.train()
@@ -43,6 +45,7 @@ def test_second_train_goes_on(arguments, bert, sentences):
     assert first.counters.searches == 12
 
 
+@pytest.mark.slow
 def test_load_best_model_and_early_stopping(arguments, bert, sentences):
     args = arguments(
         max_steps=12,
@@ -65,6 +68,7 @@ def test_load_best_model_and_early_stopping(arguments, bert, sentences):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size(arguments, bert, sentences):
     class TooLarge(bert().__class__):
         def forward(self, input_ids, labels=None, **kwargs):
@@ -85,6 +89,7 @@ def test_iterable_dataset(arguments, bert, sentences):
     assert trainer.train().metrics["salsa/searches"] == 6
 
 
+@pytest.mark.slow
 def test_hyperparameter_search(arguments, bert, sentences):
     pytest.importorskip("optuna")
     tried = []
@@ -138,6 +143,7 @@ def test_torch_compile_adds_one_graph_for_the_trials(arguments, gpt2, texts):
     assert graphs["salsa_adam", 1] == graphs["salsa_adam", 4] == 2 * graphs["adamw_torch", 4]
 
 
+@pytest.mark.slow
 def test_seq2seq(arguments):
     set_seed(0)
     config = T5Config(

@@ -55,6 +55,7 @@ def test_extra_forward_passes_are_counted(arguments, sentences):
     assert metrics["salsa/extra_forward_share"] == calls[False] / sum(calls.values())
 
 
+@pytest.mark.slow
 def test_settings_without_meaning_are_named_once(arguments, bert, sentences):
     args = arguments(learning_rate=2e-5, warmup_steps=0.1, lr_scheduler_type="cosine")
     trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)

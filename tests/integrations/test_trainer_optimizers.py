@@ -12,6 +12,7 @@ from hf_salsa.optimizers import LineSearchAdam
 from hf_salsa.rules import RuleState, SearchRecord, StepSizeRule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}])
 def test_a_stock_optimizer_trains_as_trainer_does(arguments, bert, sentences, options):
     models = []
@@ -47,6 +48,7 @@ def test_own_optimizer(arguments, bert, sentences):
     assert optimizer.counters.searches == 6
 
 
+@pytest.mark.slow
 def test_own_stock_optimizer_is_left_alone(arguments, bert, sentences):
     models = []
     for cls in (Trainer, SaLSaTrainer):
@@ -108,6 +110,7 @@ class HalvesAdam(LineSearchAdam):
     rule_type = Halves
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_is_one_entry(arguments, bert, sentences, monkeypatch):
     """Added to `OPTIMIZERS` it is an `--optim`, with its settings as `--optim_args`."""
     monkeypatch.setitem(OPTIMIZERS, "halves_adam", HalvesAdam)

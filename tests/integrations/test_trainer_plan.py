@@ -29,6 +29,7 @@ class Factors(TrainerCallback):
         self.runs[-1].append(line_search.step_size / line_search.param_groups[0]["step_size"])
 
 
+@pytest.mark.slow
 def test_the_trainer_knows_when_to_cool_down(arguments, bert, sentences):
     """At the end of each run, of a second one too."""
     args = arguments(salsa_cool_down=0.5, logging_steps=1, gradient_accumulation_steps=2)
@@ -42,6 +43,7 @@ def test_the_trainer_knows_when_to_cool_down(arguments, bert, sentences):
         assert lines[-1]["learning_rate"] == line_search.step_size == pytest.approx(found / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second_steps", [4, 6, 10])
 def test_a_second_run_has_a_cool_down_of_its_own(arguments, bert, sentences, second_steps):
     args = arguments(salsa_cool_down=0.5, logging_steps=1)
@@ -55,6 +57,7 @@ def test_a_second_run_has_a_cool_down_of_its_own(arguments, bert, sentences, sec
         assert run == pytest.approx(falling, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_that_of_a_fresh_plan(arguments, bert, sentences):
     """As a new trainer's that goes on with the weights and the optimizer's state of the first."""
     args = arguments(salsa_cool_down=0.5, logging_steps=1)
@@ -71,6 +74,7 @@ def test_a_second_run_is_that_of_a_fresh_plan(arguments, bert, sentences):
     assert_same_weights(first.model, fresh.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "others"), [(1, 3), (3, 1)], ids=["longer", "shorter"])
 @pytest.mark.parametrize("optim", ["salsa_adam", "salsa_adam_plus"])
 def test_resuming_with_other_epochs_plans_anew(arguments, bert, sentences, optim, epochs, others):

@@ -20,6 +20,7 @@ class Scaled(SaLSaTrainer):
         )
 
 
+@pytest.mark.slow
 def test_a_gradient_scaler_is_seen_through(arguments, bert, sentences):
     """The search sees unscaled gradients: the trajectory is that without a scaler (13)."""
     models = []
@@ -30,6 +31,7 @@ def test_a_gradient_scaler_is_seen_through(arguments, bert, sentences):
     assert_same_weights(*models)  # scaling by a power of two is exact
 
 
+@pytest.mark.slow
 def test_a_step_that_the_scaler_skips_changes_nothing(arguments, bert, sentences):
     seen = []
 
@@ -56,6 +58,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(arguments, bert, sentences
     assert optimizer.counters.searches == 6
 
 
+@pytest.mark.slow
 def test_gradient_clipping_keeps_the_true_slope(arguments, bert, sentences):
     """The first search's slope is <g, -d>: with SGD, clipped by kappa, kappa ||g||^2 (14)."""
     slopes = {}
@@ -72,6 +75,7 @@ def test_gradient_clipping_keeps_the_true_slope(arguments, bert, sentences):
     assert slopes[0.1][0] == pytest.approx(0.1 * norm, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_low_precision_weights_are_warned_of(arguments, bert, sentences):
     with pytest.warns(UserWarning, match="Trainable parameters are bfloat16.*bf16=True"):
         SaLSaTrainer(bert().bfloat16(), arguments(), train_dataset=sentences).train()

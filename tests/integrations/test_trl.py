@@ -140,6 +140,7 @@ def test_a_stock_optimizer_is_stock(make, name):
     check_stock(make, CASES[name])
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_straight_run(make):
     check_resume(make, CASES["sft"])
 

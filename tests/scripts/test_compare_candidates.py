@@ -58,6 +58,7 @@ def test_the_study_is_of_the_rules_that_were_tried():
         assert not used & {*task.seeds, *task.calibration_seeds}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Ignored with")
 def test_an_ablation_knows_the_length_of_its_run(tmp_path):
     results = carry_out(prose_run(tmp_path, "plus_slow_growth"))
@@ -85,6 +86,7 @@ def test_paper_candidates_follow_the_papers_schedule(tmp_path):
     assert Run("mrpc", task, "salsa_sgd", None, 0, tmp_path).arguments == {"optim": "salsa_sgd"}
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_of_the_other_half(tmp_path, monkeypatch):
     be_quiet()
     settings = SMOKE["prose"].settings | {

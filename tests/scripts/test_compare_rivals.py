@@ -8,6 +8,7 @@ from comparison.candidates import CANDIDATES
 from comparison_helpers import carry_out, prose_run
 
 
+@pytest.mark.slow
 def test_the_authors_package_searches_and_logs_its_step_size(tmp_path):
     results = carry_out(prose_run(tmp_path, "authors"))
     assert results["losses"][-1] < 0.8 * results["losses"][0]

@@ -15,6 +15,7 @@ from comparison_helpers import LABELS, SMOKE, carry_out, prose_run
 TIMES = ("seconds", "cpu_seconds", "card")  # the card has the time in its table of versions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidate", ["salsa_adam", "adam", "schedule_free", "prodigy", "authors"])
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, candidate):
     """What it records is what the straight run records, to the last digit."""
@@ -61,6 +62,7 @@ def test_the_stopwatch_goes_on_after_a_resume():
     assert (again.seconds, again.cpu_seconds) == (watch.seconds, watch.cpu_seconds)
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_result(tmp_path, monkeypatch):
     def diverge(params):
         raise FloatingPointError("20 steps in a row were skipped")
@@ -78,6 +80,7 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_best_that_is_finite(tmp_path, monkeypatch):
     """A run that diverges was good before; its final loss is missing, and counts as a failure."""
     evaluate = ComparisonTrainer.evaluate

@@ -28,6 +28,7 @@ def take_step(optimizer, param, target):
     return loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_a_tried_rule_trains_and_is_another_one(tmp_path, name):
     results = carry_out(prose_run(tmp_path, name))

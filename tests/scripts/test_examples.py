@@ -36,6 +36,7 @@ def test_an_example_is_short_and_hides_no_library(path):
     assert f"| `{path.name}` |" in path.with_name("README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [marked(path) for path in EXAMPLES])
 def test_an_example_runs_and_its_loss_falls(path, tmp_path):
     pytest.importorskip(NEEDS.get(path.name, "torch"))

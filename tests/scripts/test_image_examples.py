@@ -101,6 +101,7 @@ def test_statistics_are_those_of_the_training_images(image_dir):
     assert processor.image_mean[0] > processor.image_mean[1]  # red before green
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_epoch_and_example_alone():
     dataset = examples(augment=True)
     with pytest.raises(RuntimeError, match="add an EpochCallback"):

@@ -44,6 +44,7 @@ def accuracy(model, processor, data):
     return right / len(data)
 
 
+@pytest.mark.slow
 def test_digits(run):
     flags = ("--max_train_samples", 1437, "--max_eval_samples", 360)
     result = run(*flags, "--max_steps", 40, "--per_device_train_batch_size", 32)
@@ -185,6 +186,7 @@ def test_searches_leave_batch_norm_alone(run, monkeypatch):
         assert not torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_the_straight_run(run, tmp_path, capsys, monkeypatch):
     """The checkpoint lies in the middle of the second epoch."""
     flags = ("--max_steps", 12, "--save_strategy", "steps", "--save_steps", 8, "--logging_steps", 1)

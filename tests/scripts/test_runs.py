@@ -26,6 +26,7 @@ MINE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["glue", "clm"])
 def test_interrupted_and_resumed_equals_the_straight_run(
     request, tmp_path, capsys, monkeypatch, bert_folder, text_file, job
@@ -135,6 +136,7 @@ def test_output_dir_in_use_is_refused(earlier_run, capsys, script):
     assert files_in(earlier_run) == before
 
 
+@pytest.mark.slow
 def test_overwrite_deletes_the_earlier_run_and_nothing_else(clm, earlier_run, text_file):
     flags = ("--train_file", text_file, "--tokenizer", "bytes", "--overwrite_output_dir")
     result = clm(*flags, "--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1)
@@ -146,6 +148,7 @@ def test_overwrite_deletes_the_earlier_run_and_nothing_else(clm, earlier_run, te
     assert {"train_loss", "eval_loss"} <= result.json("all_results.json").keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("greater_is_better", "limit", "kept"),
     [("true", 1, {4}), ("false", 1, {1}), ("false", 2, {1, 4})],
@@ -192,6 +195,7 @@ def test_overwrite_waits_until_the_data_is_there(earlier_run, capsys, script):
     assert files_in(earlier_run) == before
 
 
+@pytest.mark.slow
 def test_overwrite_has_no_effect_on_a_resumed_run(clm, text_file):
     flags = ("--train_file", text_file, "--tokenizer", "bytes", "--overwrite_output_dir")
     clm(*flags)
@@ -201,6 +205,7 @@ def test_overwrite_has_no_effect_on_a_resumed_run(clm, text_file):
     assert history[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint_is_not_resumed_from(clm, tmp_path, text_file, error):
     flags = ("--train_file", text_file, "--tokenizer", "bytes")
     clm(*flags)
