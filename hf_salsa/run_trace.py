@@ -18,18 +18,20 @@ class RunTrace(TrainerCallback, ExportableState):
     Attributes:
         before: The optimizer's counters when the run began: what earlier runs did.
         points: (step, step size applied, f_k(w_k)) of searches, evenly thinned out to at most 500.
+        latest: What the log shows of the latest search; nothing before the first one.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, int] = {}
         self.points: list[tuple[int, float, float]] = []
+        self.latest: dict[str, float] = {}
         self._every = 1  # search is kept
         self._searches = 0
-        self._latest: SearchRecord | None = None
+        self._seen: SearchRecord | None = None
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        kept = {"before": self.before, "points": self.points}
+        kept = {"before": self.before, "points": self.points, "latest": self.latest}
         return {
             "args": {},
             "attributes": kept | {"_every": self._every, "_searches": self._searches},
@@ -50,7 +52,8 @@ class RunTrace(TrainerCallback, ExportableState):
         else:
             self.before = asdict(line_search.counters)
             self.points, self._every, self._searches = [], 1, 0
-        self._latest = line_search.last_search
+            self.latest = _shown(line_search.last_search)
+        self._seen = line_search.last_search
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,9 +61,9 @@ class RunTrace(TrainerCallback, ExportableState):
         """Note the step if it searched."""
         line_search = unwrap_optimizer(kwargs.get("optimizer"))
         record = None if line_search is None else line_search.last_search
-        if line_search is None or record is None or record is self._latest:
+        if line_search is None or record is None or record is self._seen:
             return
-        self._latest = record
+        self._seen, self.latest = record, _shown(record)
         if self._searches % self._every == 0:
             self.points.append((state.global_step + 1, line_search.step_size, record.loss))
             if len(self.points) > _MOST_POINTS:
@@ -84,3 +87,14 @@ class RunTrace(TrainerCallback, ExportableState):
             if covered >= half:
                 return size
         return None
+
+
+def _shown(record: SearchRecord | None) -> dict[str, float]:
+    """Return what the log shows of a search."""
+    if record is None:
+        return {}
+    return {
+        "salsa/interval": record.interval,
+        "salsa/decrease": record.decrease,
+        "salsa/slope": record.slope,
+    }

@@ -271,14 +271,10 @@ class SaLSaTrainerMixin(_Base):
             return
         line_search = self.line_search
         if line_search is not None and "loss" in logs:
-            counters, before = line_search.counters, self.run_trace.before
-            logs["salsa/searches"] = counters.searches - before.get("searches", 0)
-            logs["salsa/trials"] = counters.trials - before.get("trials", 0)
-            record = line_search.last_search
-            if record is not None:
-                logs["salsa/interval"] = record.interval
-                logs["salsa/decrease"] = record.decrease
-                logs["salsa/slope"] = record.slope
+            counters, trace = line_search.counters, self.run_trace
+            logs["salsa/searches"] = counters.searches - trace.before.get("searches", 0)
+            logs["salsa/trials"] = counters.trials - trace.before.get("trials", 0)
+            logs.update(trace.latest)
         elif line_search is not None and "train_runtime" in logs:
             logs.update(self._search_report(line_search))
         super().log(logs, start_time)

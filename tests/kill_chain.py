@@ -35,11 +35,10 @@ _RESULT = "result.pt"
 # Seconds from the first file of a checkpoint on in which a kill comes.
 _AFTER = {"in a save": (0.0, 0.04), "after a save": (0.04, 0.15)}
 _LONGEST = 120  # seconds that a process may take
-# What counts from the latest resuming on: `Trainer`'s, and the latest search of the process.
-OF_LATEST_SEARCH = ("salsa/interval", "salsa/decrease", "salsa/slope")
+# What `Trainer` counts from the latest resuming on.
 _OF_ITS_PROCESS = (
     *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
-    *("train_loss", *OF_LATEST_SEARCH),
+    "train_loss",
 )
 
 
