@@ -41,16 +41,20 @@ class RunTrace(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start anew, or go on where the checkpoint was written."""
+        kept: Any = state.stateful_callbacks
+        saved = kept.get(type(self).__name__)
+        kept.setdefault(type(self).__name__, self.state())  # stock Trainer's checkpoint has none
         line_search = unwrap_optimizer(kwargs.get("optimizer"))
         if line_search is None:
             return
-        kept: Any = state.stateful_callbacks
-        saved = kept.get(type(self).__name__)
+        counted = asdict(line_search.counters)
         if state.global_step and isinstance(saved, dict):
             vars(self).update(saved["attributes"])
+            # A checkpoint of the weights alone has no counters: they begin anew.
+            self.before = {name: min(n, counted[name]) for name, n in self.before.items()}
             self.points = [tuple(point) for point in self.points]  # type: ignore[misc]
         else:
-            self.before = asdict(line_search.counters)
+            self.before = counted
             self.points, self._every, self._searches = [], 1, 0
             self.latest = _shown(line_search.last_search)
         self._seen = line_search.last_search
