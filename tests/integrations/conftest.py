@@ -1,5 +1,7 @@
 """Fixtures of the tests with Trainer and its relatives."""
 
+import gc
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -14,6 +16,13 @@ from transformers import (
 from hf_salsa import SaLSaTrainingArguments
 
 pytest.register_assert_rewrite("ecosystem", "trainer_problems")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Trainer collects garbage when a run begins: not through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
