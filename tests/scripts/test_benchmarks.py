@@ -14,8 +14,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_salsa import OPTIMIZERS, SaLSaAdam
 
 sys.path.insert(0, str(Path(compare.__file__).parent / "benchmarks"))  # they are run from there
-import_time, measuring, step, train, workloads = map(
-    importlib.import_module, ("import_time", "measuring", "step", "train", "workloads")
+import_time, measuring, put_back, step, train, workloads = map(
+    importlib.import_module,
+    ("import_time", "measuring", "put_back", "step", "train", "workloads"),
 )
 
 
@@ -113,6 +114,17 @@ def test_whole_runs(tiny, capsys):
         assert float(row["extra forwards per step"]) == float(row["searches per step"])
     assert rows["adamw_torch_fused"]["searches per step"] == "0"
     assert "the forward pass alone" in rows
+
+
+def test_what_is_put_back(tiny, tmp_path, capsys):
+    """Of a tiny model's step it is a large part; of a step without a search, nearly nothing."""
+    output = tmp_path / "figures.json"
+    put_back.main(["--clock", "cpu", "--repeats", "3", "--output", str(output)])
+    _, rows = json.loads(output.read_text()).values()
+    ms = [row["ms"] for row in rows]
+    assert ms[1] > ms[0] > 0
+    assert ms[1] > ms[2] > 5 * ms[3] > 0
+    assert "MISSED: 0.03" in capsys.readouterr().out
 
 
 def test_importing(monkeypatch, capsys):
