@@ -22,11 +22,17 @@ class MicroBatch:
     loss: Tensor | None = None
     factors: list[Tensor | float] = field(default_factory=list)
 
-    def differentiated(self, loss: Tensor) -> Tensor:
-        """Return `loss` as backward took it."""
+    @property
+    def factor(self) -> Tensor | float:
+        """What all backward passes together multiplied the loss by."""
         factor = self.factors[0]
         for other in self.factors[1:]:
             factor = factor + other
+        return factor
+
+    def differentiated(self, loss: Tensor) -> Tensor:
+        """Return `loss` as backward took it."""
+        factor = self.factor
         return loss if isinstance(factor, float) and factor == 1 else loss * factor
 
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from .accelerated import scaler_of, synchronises_gradients, unwrap_optimizer
 from .micro_batch import MicroBatch, checked_loss, copied_inputs, write_counts
 from .optimizers import LineSearchOptimizer
+from .optimizers.scale import NOT_A_SUM, NOT_KNOWN, Parts
 from .optimizers.tensors import gradients_aside, whole
 from .processes import all_have, mean_over_processes, several_processes
 from .scene import Scene
@@ -83,10 +84,14 @@ class BatchObjective:
         self.scene = Scene(model, modules)
         self.with_gradients = False  # whether an evaluation needs gradients of its own
         self.evaluating = False  # True while an evaluation runs
+        self.doubling = False  # True in `doubled`, which is for the training step to see
+        # Of trainers, in whose loss a factor is hidden: how many processes it is multiplied by.
+        self.processes_in_loss: int | None = None
         self._micro_batches: list[MicroBatch] = []
         self._earlier: list[MicroBatch] = []  # differentiated before the last one was recorded
         self._clip_factor: Tensor | float = 1.0
         self._gradient_norm: Tensor | float | None = None
+        self._sums: tuple[float, ...] = ()  # of micro-batches and factors, mean over processes
         self._update_complete = True
         self._writes_into_inputs: bool | None = None  # None: not seen yet
         self._updates = 0
@@ -122,6 +127,58 @@ class BatchObjective:
     def gradient_norm(self) -> Tensor | float | None:
         """The norm of all gradients, or None if nobody computed it."""
         return self._gradient_norm
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process is to be asked for `parts`."""
+        return not several_processes()
+
+    def parts(self, before: Parts, agree: bool) -> Parts | None:
+        """Return what the loss of this update is a sum of; None where that need not be known.
+
+        Args:
+            before: The same of the update before. A factor that is measured is taken from it.
+            agree: Whether all processes ask now.
+        """
+        number = self._number()
+        # To read the factors waits for an accelerator: only where there is something to compare.
+        if not agree and (not self.alone or before.micro_batches in (0, self._share(number))):
+            return None
+        factors = math.nan
+        if self.alone:
+            factors = self._sum_of_factors()
+        else:
+            if not self._repeatable():  # else the loss brought them along
+                self._mean([])
+            number, factors = self._sums
+        if not number:
+            return None
+        if self.processes_in_loss is not None:
+            return Parts(self._share(number), min(before.factor, NOT_KNOWN))
+        shown = math.isfinite(factors) and factors != 0
+        return Parts(number, abs(factors) / number if shown else NOT_A_SUM)
+
+    def _number(self) -> float:
+        return float(sum(bool(m.factors) for m in self._micro_batches))
+
+    def _share(self, number: float) -> float:
+        return number * (self.processes_in_loss or 1)
+
+    def _sum_of_factors(self) -> float:
+        """Return the sum over the micro-batches of what backward multiplied each by."""
+        scale = 1.0
+        if self._scaler is not None and not self._repeatable():
+            scale = self._scaler.get_scale()  # not divided out yet
+        return math.fsum(float(m.factor) for m in self._micro_batches if m.factors) / scale
+
+    @contextmanager
+    def doubled(self) -> Iterator[None]:
+        """Let the training step divide by twice what it divides by else."""
+        try:
+            self.doubling = True
+            yield
+        finally:
+            self.doubling = False
 
     def record(self, loss_fn: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Run one micro-batch's forward pass and remember it.
@@ -394,7 +451,11 @@ class BatchObjective:
         total = losses[0] if losses else torch.zeros(())
         for loss in losses[1:]:
             total = total + loss
-        return mean_over_processes(total, self._device, failure)
+        if self.alone:
+            return total
+        further = (self._number(), self._sum_of_factors())
+        mean, self._sums = mean_over_processes(total, further, self._device, failure)
+        return mean
 
 
 def _is_scale(factor: float) -> bool:

@@ -20,21 +20,24 @@ def all_have(flag: bool, device: torch.device) -> bool:
 
 
 def mean_over_processes(
-    loss: Tensor, device: torch.device, failure: Exception | None = None
-) -> Tensor:
-    """Return the mean of a loss, in its precision; every process must take part.
+    loss: Tensor,
+    further: tuple[float, ...],
+    device: torch.device,
+    failure: Exception | None = None,
+) -> tuple[Tensor, tuple[float, ...]]:
+    """Return the means of a loss, in its precision, and of numbers; all processes must take part.
 
     Args:
         loss: The part of this process, a scalar.
+        further: Numbers that go the same way.
         device: Where processes exchange tensors.
         failure: Why this process has no part. It is raised here, and said to the others.
 
     Raises:
         RuntimeError: Another process failed.
     """
-    if not several_processes():
-        return loss
-    both = torch.stack([loss.to(device), loss.new_full((), failure is not None).to(device)])
+    numbers = loss.new_tensor([failure is not None, *further])
+    both = torch.cat([loss.reshape(1), numbers]).to(device)
     dist.all_reduce(both)
     if failure is not None:
         raise failure
@@ -43,4 +46,5 @@ def mean_over_processes(
             "Another process failed while it evaluated the loss; its error says why. This one "
             "stops too, with the weights of before the search."
         )
-    return both[0] / dist.get_world_size()
+    both = both / dist.get_world_size()
+    return both[0], tuple(both[2:].tolist())

@@ -156,7 +156,7 @@ class SaLSaTrainerMixin(_Base):
         self.lr_scheduler = readout
         return readout
 
-    def _begin_run(self) -> None:
+    def _begin_run(self, processes: int) -> None:
         """Prepare for a run that starts or is resumed, after a checkpoint was loaded."""
         self._run = self.state
         line_search, optimizer = self.line_search, self.optimizer
@@ -175,6 +175,7 @@ class SaLSaTrainerMixin(_Base):
         self._objective = BatchObjective(self.model, optimizer)
         self._objective.scene.owner = self
         line_search.plan(self.state.max_steps, done=self.state.global_step)
+        line_search.expect(self.args.gradient_accumulation_steps * processes)
 
     def training_step(
         self,
@@ -192,10 +193,14 @@ class SaLSaTrainerMixin(_Base):
         Returns:
             The loss, as it was differentiated.
         """
+        # By them stock Trainer multiplies the loss then.
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        processes = self.accelerator.num_processes if averaged else 1
         if self._run is not self.state:  # Trainer makes a new state for each run
-            self._begin_run()
+            self._begin_run(processes)
         if self._objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        self._objective.processes_in_loss = processes
         return self._objective.record_step(self._noted_step, model, inputs, num_items_in_batch)
 
     @property
@@ -227,11 +232,27 @@ class SaLSaTrainerMixin(_Base):
             model = model.module  # the wrapper's forward prepares a backward that never comes
         try:
             accelerator.backward = noting
-            with self._silence() if trial else nullcontext():
+            with self._silence() if trial else nullcontext(), self._doubled() as doubled:
+                if doubled and num_items_in_batch is not None:
+                    num_items_in_batch = 2 * num_items_in_batch
                 returned = super().training_step(model, inputs, num_items_in_batch)
         finally:
             accelerator.backward = backward
         return returned, sum(losses[1:], losses[0]) if losses else None
+
+    @contextmanager
+    def _doubled(self) -> Iterator[bool]:
+        """Let the loss be divided by twice as many micro-batches, if that is asked; yield that."""
+        doubled = self._objective is not None and self._objective.doubling
+        if not doubled:
+            yield False
+            return
+        steps = self.current_gradient_accumulation_steps
+        try:
+            self.current_gradient_accumulation_steps = 2 * steps
+            yield True
+        finally:
+            self.current_gradient_accumulation_steps = steps
 
     @contextmanager
     def _silence(self) -> Iterator[None]:

@@ -68,10 +68,14 @@ class Recorded:
     gradient_norm: object = None
     recorded: bool = True
     with_gradients: bool = False
+    alone: bool = True
     cleared: int = field(default=0)
 
     def __call__(self):
         return self.closure()
+
+    def parts(self, before, agree):
+        return None
 
     def clear(self):
         self.cleared += 1
@@ -138,7 +142,7 @@ LOST = ["nan loss", "inf loss", "-inf loss", "nan closure"]  # of a search that 
 
 def spoil(params, cause):
     """Leave the gradients of such a step and return its closure and its loss."""
-    loss_fn = partial(network_loss, params, *next(batches(1)))
+    loss_fn = partial(network_loss, params, *next(batches(1, params[0].dtype)))
     loss = backward(params, loss_fn)
     if cause == "nan closure":
         return lambda: torch.tensor(math.nan), None

@@ -3,7 +3,9 @@
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +18,17 @@ from . import messages, updates
 from .checks import ask, check_derivative, differentiated, refuse_hopeless, unusable
 from .direction import Direction
 from .evaluation import Closure, Evaluation, Objective, spacing
+from .scale import NOT_KNOWN, Parts
 from .signature import refuse_learning_rate, refuse_names
-from .skips import UnreadSkips, give_up_after_too_many, gradient_norm
+from .skips import (
+    UnreadSkips,
+    give_up_after_too_many,
+    gradient_norm,
+    largest_squares_fit,
+    square_limit,
+)
 from .state import (
+    LATER_NAMES,
     Counters,
     RunState,
     changed_settings,
@@ -86,6 +96,7 @@ class LineSearchOptimizer(Direction, Optimizer):
         self._backups: dict[Tensor, Tensor] = {}
         self._unread_skips = UnreadSkips()
         self._warned: set[str] = set()
+        self._asked_for_parts = False
         self._checked = False  # whether the objective is the loss that is differentiated
 
     # --- what a user reads and says
@@ -147,6 +158,17 @@ class LineSearchOptimizer(Direction, Optimizer):
         state, run = self._read()
         self._write(state, replace(run, run_start=run.steps - done, run_steps=total_steps))
 
+    def expect(self, micro_batches: float) -> None:
+        """Search at the coming step, if only that can show the scale of its loss.
+
+        Args:
+            micro_batches: Of each update from now on, as `Parts` counts them.
+        """
+        state, run = self._read()
+        changed = run.micro_batches not in (0, micro_batches)
+        if changed and run.loss_factor == NOT_KNOWN:
+            self._write(replace(state, search_interval=state.steps_since_search + 1), run)
+
     def attach(self, objective: Objective | None) -> None:
         """Let `step()` without a closure take loss and re-evaluation from `objective`."""
         self._objective = objective
@@ -206,7 +228,7 @@ class LineSearchOptimizer(Direction, Optimizer):
             text = messages.OTHER_SETTINGS.format(changed=", ".join(changed))
             self._warn_once(f"settings {changed}", text)
         here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
-        groups = [here | group for group in state_dict["param_groups"]]
+        groups = [LATER_NAMES | here | group for group in state_dict["param_groups"]]
         super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})
         self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
         restore_precision(self, state_dict)
@@ -270,18 +292,20 @@ class LineSearchOptimizer(Direction, Optimizer):
             norm = gradient_norm(params)
         # The gradients decide whether there is a step, the loss whether there is a search.
         found_inf = None
+        limit = min(map(square_limit, {p.dtype for p in params}))
         on_host = not isinstance(norm, Tensor) or norm.device.type in _HOST_DEVICES
         if state.search_due or on_host:
             state, run = self._settled()
-            if not math.isfinite(norm) and not math.isfinite(gradient_norm(params, largest=True)):
+            if not float(norm) <= limit and not largest_squares_fit(params):
                 self._skip(state, run)
                 return loss
         else:
             assert isinstance(norm, Tensor)
-            found_inf = self._unread_skips.note(norm, run.consecutive_skips)
+            found_inf = self._unread_skips.note(norm, limit, run.consecutive_skips)
         if state.search_due:
             loss, state, run = self._search(closure, loss, state, run)
         else:
+            state, run = self._carried_over(closure, state, run)
             state = replace(state, steps_since_search=state.steps_since_search + 1)
         run = replace(run, steps=run.steps + 1)
         if self.rule_type.looks_back and state.search_due:
@@ -318,7 +342,9 @@ class LineSearchOptimizer(Direction, Optimizer):
             run = replace(run, reevaluate_loss=fault is not None)
         if loss is None or run.reevaluate_loss:
             loss = evaluate()
-        epsilon = spacing(loss, chunks)
+        epsilon, before = spacing(loss, chunks), state
+        measure = partial(evaluate.measured, loss=float(loss), epsilon=epsilon)
+        state, run = self._carried_over(closure, state, run, measure)
         with TrialPoints(chunks, self.direction) as points:
             line = evaluate.line(
                 points, self._measure, self.rule, state, loss=float(loss), epsilon=epsilon
@@ -333,6 +359,9 @@ class LineSearchOptimizer(Direction, Optimizer):
         if not record.accepted:
             self._warn_once(record.outcome, messages.failed_search(record, searched))
             refuse_hopeless(record, searched, line)
+        if state is not before and self._objective and not self._objective.alone:
+            # Without a search the processes would not know that the scale changes back.
+            searched = replace(searched, search_interval=1)
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
         return loss, searched, replace(run, trials=run.trials + evaluate.count)
@@ -356,6 +385,35 @@ class LineSearchOptimizer(Direction, Optimizer):
             lr = self.param_groups[0]["lr"]
             self._warn_once("lr", messages.LR_WAS_SET.format(lr=lr, name=name))
         return closure
+
+    def _carried_over(
+        self,
+        closure: Closure,
+        state: RuleState,
+        run: RunState,
+        measure: Callable[[Parts], Parts] | None = None,
+    ) -> tuple[RuleState, RunState]:
+        """Return the state at the scale that the loss of this update has, as far as it is known.
+
+        On steps that search with what measures it.
+        """
+        objective = self._objective
+        if objective is None or closure is not objective:
+            return state, run
+        before = Parts(run.micro_batches, run.loss_factor)
+        # Without a search only where several processes start: their numbers may be new to all.
+        agree = measure is not None or not (objective.alone or self._asked_for_parts)
+        self._asked_for_parts = True
+        parts = objective.parts(before, agree)
+        if parts is None:
+            return state, run
+        if measure is not None:
+            parts = measure(parts)
+        growth = parts.growth_since(before)
+        if growth != 1 and state.step_size_known:
+            state = state.rescaled(loss=growth, step_size=growth**-self.degree)
+        run = replace(run, micro_batches=parts.micro_batches, loss_factor=parts.factor)
+        return state, run
 
     # --- state
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..rules import Line, RuleState, StepSizeRule
 from . import messages
+from .scale import NOT_A_SUM, NOT_KNOWN, SUM, Parts
 from .tensors import gradients_aside
 from .trial_points import Chunk, Measure, TrialPoints
 
@@ -38,6 +40,22 @@ class Objective(Protocol):
     @property
     def gradient_norm(self) -> Tensor | float | None:
         """The norm of all gradients, or None if nobody computed it."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process is to be asked for `parts`."""
+
+    def parts(self, before: Parts, agree: bool) -> Parts | None:
+        """Return what the loss of this update is a sum of; None where that need not be known.
+
+        Args:
+            before: The same of the update before. A factor that is measured is taken from it.
+            agree: Whether all processes ask now. If not, the answer is None where this process is
+                not alone, and where the number of micro-batches is that of before or none is known.
+        """
+
+    def doubled(self) -> AbstractContextManager[None]:
+        """Return a context in which evaluations divide by twice what they divide by else."""
 
     with_gradients: bool  # whether evaluations need gradients of their own
 
@@ -113,6 +131,21 @@ class Evaluation:
             if objective.with_gradients:
                 return None
         return messages.REPLAY.format(trained=trained, replayed=replayed)
+
+    def measured(self, parts: Parts, loss: float, epsilon: float) -> Parts:
+        """Return `parts` with the factor that was not known; not where the loss shows none.
+
+        Args:
+            parts: Of the objective's loss.
+            loss: f_k(w_k). The weights must be w_k.
+            epsilon: Relative spacing of its numbers.
+        """
+        shows = math.isfinite(loss) and loss != 0 and parts.micro_batches > 1
+        if self._objective is None or parts.factor != NOT_KNOWN or not shows:
+            return parts
+        with self._objective.doubled():
+            same = abs(float(self()) - loss) <= 32 * epsilon * abs(loss)
+        return replace(parts, factor=SUM if same else NOT_A_SUM)
 
     def line(
         self,

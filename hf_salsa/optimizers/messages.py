@@ -33,8 +33,9 @@ REPLAY = (
     "torch.compile. From now on f(w_k) is re-evaluated at every search, one more forward pass."
 )
 SKIPPED = (
-    "The gradients of step {step} are not finite: the step is skipped, weights and state stay as "
-    "they are. Said once; counters.skipped_steps has the total, and 20 in a row are an error."
+    "The gradients, or squares of gradients of step {step} are not finite: the step is skipped, "
+    "weights and state stay as they are. Said once; counters.skipped_steps has the total, and 20 "
+    "in a row are an error."
 )
 NO_FUNCTION = (
     "step() got a {kind} as closure, which must be a function that returns the loss of the same "

@@ -39,6 +39,7 @@ class LineSearchSGD(LineSearchOptimizer):
         "weight_decay": 0.0,
     }
     base_name: ClassVar[str] = "SGD"
+    degree: ClassVar[int] = 1
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return a momentum buffer of 0, in float32 or wider; nothing without momentum."""

@@ -1,22 +1,43 @@
-"""Gradients that are not finite: a step is skipped and counted; after 20 in a row it is over."""
+"""Gradients that are not finite: a step is skipped and counted; after 20 in a row it is over.
+
+One whose square is not finite, above 1.8e19 in float32, counts as one of them: Adam averages
+squares and would keep an infinite one for good, the slope of SGD is a sum of them. The norm of the
+gradients, which every step knows, shows it.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .tensors import locals_of, sum_over_shards, whole
+from .tensors import locals_of, moment_dtype, sum_over_shards, whole
 
 MAX_CONSECUTIVE_SKIPS = 20
 
 
-def gradient_norm(params: list[Tensor], largest: bool = False) -> Tensor:
-    """Return the norm of all gradients, not finite if one is not or if it overflows.
+def square_limit(dtype: torch.dtype) -> float:
+    """Return the largest number whose square the moments of parameters of this type can hold."""
+    return math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
 
-    `largest` takes the sum of their largest elements instead, which does not overflow.
+
+def largest_squares_fit(params: list[Tensor]) -> bool:
+    """Return whether no gradient is too large, for where their norm is: it may have overflowed.
+
+    The largest element of each parameter counts as a share of its limit, and together they must not
+    be above 1: a sum takes one collective, where the gradients are sharded.
     """
     (grads,) = locals_of([[p.grad for p in params]], params)
-    norms = list(torch._foreach_norm(grads, math.inf if largest else 2))
+    shares = [
+        largest.to(moment_dtype(grad)) / square_limit(grad.dtype)
+        for largest, grad in zip(torch._foreach_norm(grads, math.inf), grads, strict=True)
+    ]
+    return bool(sum_over_shards([shares], params) <= 1)
+
+
+def gradient_norm(params: list[Tensor]) -> Tensor:
+    """Return a number not below the norm of all gradients; not finite if it overflows."""
+    (grads,) = locals_of([[p.grad for p in params]], params)
+    norms = list(torch._foreach_norm(grads, 2))
     return sum_over_shards([norms], params).squeeze(0)
 
 
@@ -31,16 +52,17 @@ class UnreadSkips:
         self._total: Tensor | None = None
         self._in_a_row: Tensor | None = None
 
-    def note(self, witness: Tensor, consecutive_skips: int) -> Tensor:
+    def note(self, norm: Tensor, limit: float, consecutive_skips: int) -> Tensor:
         """Return 1 if the step must be skipped, else 0, and count it, without waiting for it.
 
         torch's fused kernels skip the step when this says so, as they do for a gradient scaler.
 
         Args:
-            witness: Finite if and only if all gradients are.
+            norm: Of all gradients.
+            limit: Up to which norm a step is taken.
             consecutive_skips: Skips in a row before those that are not read yet.
         """
-        found_inf = 1.0 - torch.isfinite(whole(witness)).float()
+        found_inf = 1.0 - (whole(norm) <= limit).float()
         if self._total is None or self._in_a_row is None:
             self._total = torch.zeros_like(found_inf)
             self._in_a_row = torch.full_like(found_inf, consecutive_skips)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .scale import NOT_KNOWN
 from .tensors import moment_dtype
 from .trial_points import PREVIOUS
 
@@ -31,6 +32,8 @@ class RunState:
         steps: Steps so far, skipped ones too.
         run_start: `steps` at the start of the run.
         run_steps: Steps of the run; 0 where they are not known.
+        micro_batches: Of the update whose scale the state of the rule has: `Parts.micro_batches`.
+        loss_factor: The same of `Parts.factor`.
     """
 
     reevaluate_loss: bool = False
@@ -40,6 +43,12 @@ class RunState:
     steps: int = 0
     run_start: int = 0
     run_steps: int = 0
+    micro_batches: float = 0.0
+    loss_factor: float = NOT_KNOWN
+
+
+# What checkpoints of earlier versions lack, and stands for "not known".
+LATER_NAMES = {"micro_batches": RunState.micro_batches, "loss_factor": RunState.loss_factor}
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def fit(optimizer: type[Any], group: dict[str, Any]) -> int:
     """
     records = (RunState, optimizer.rule_type.state_type)
     names = {*optimizer.options, *(name for record in records for name in names_of(record))}
-    return len(names) if names <= group.keys() else 0
+    return len(names) if names <= group.keys() | LATER_NAMES.keys() else 0
 
 
 def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:

@@ -29,6 +29,13 @@ class PlusState(RuleState):
         warm_up_over: The step size no longer grows fast.
     """
 
+    units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
+        "s": (1, -1),
+        "curvature": (1, -2),
+        "agreement": (1, -1),
+        "agreement_square": (2, -2),
+    }
+
     s: float = 0.0
     curvature: float = 0.0
     agreement: float = 0.0

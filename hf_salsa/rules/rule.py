@@ -53,6 +53,10 @@ class RuleState:
     All fields are bools, ints or floats: they are kept in the optimizer's `param_groups`, where
     checkpoints find them. Their names must not be those of a setting.
 
+    `units` says for each field that depends on the scale of the loss, in which powers of loss and
+    step size it is measured: (1, -1) for a slope. `rescaled` needs that; a field without an entry
+    stays as it is.
+
     Attributes:
         step_size: eta_{k-1}, the step size of the last search.
         search_interval: L_k, steps from one search to the next.
@@ -60,6 +64,8 @@ class RuleState:
         searches: Searches so far.
         failed_searches: Searches that found no step size.
     """
+
+    units: ClassVar[dict[str, tuple[int, int]]] = {"step_size": (0, 1)}
 
     step_size: float
     search_interval: int = 1
@@ -76,6 +82,21 @@ class RuleState:
     def step_size_known(self) -> bool:
         """Whether any search has been accepted yet."""
         return self.searches > self.failed_searches
+
+    def rescaled(self, loss: float, step_size: float) -> Self:
+        """Return the state of the same run with another scale of the loss.
+
+        Args:
+            loss: What losses are multiplied by from now on, above 0.
+            step_size: What step sizes are multiplied by, to take the same steps.
+        """
+        return replace(
+            self,
+            **{
+                name: getattr(self, name) * loss**of_loss * step_size**of_step_size
+                for name, (of_loss, of_step_size) in self.units.items()
+            },
+        )
 
     def accepted(self, **changes: Any) -> Self:
         """Return the state after a search that found a step size, with `changes` to its fields."""

@@ -25,6 +25,13 @@ class SaLSaState(RuleState):
         step_size_average_slow: etabar(0.99) of Eq. 8.
     """
 
+    units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
+        "h": (1, 0),
+        "s": (1, -1),
+        "step_size_average_fast": (0, 1),
+        "step_size_average_slow": (0, 1),
+    }
+
     h: float = 0.0
     s: float = 0.0
     step_size_average_fast: float = 0.0

@@ -33,6 +33,18 @@ AT_REST = [
     for interval in (1, 10)
 ]
 
+# The last update of an epoch has half as many micro-batches: with BERT half the loss.
+HALF_UPDATES = [
+    configuration(model, "salsa_sgd", batch=2, accumulation=4)
+    | {"examples": 56, "arguments": {"max_grad_norm": 0.0, "salsa_initial_step_size": size}}
+    for model, size in (("bert", 0.1 / 8), ("gpt2", 0.1))
+]
+WHOLE_UPDATES = [
+    configuration(given["model"], "salsa_sgd", batch=16)
+    | {"examples": 56, "arguments": {"max_grad_norm": 0.0, "salsa_initial_step_size": 0.1}}
+    for given in HALF_UPDATES
+]
+
 PLAIN_LOOPS = [{"model": "plain loop", "trials": trials} for trials in ("bare", "wrapped")]
 
 
@@ -47,8 +59,9 @@ def configurations(processes):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The results of one process, in the order of `configurations(1)`."""
-    return launch(tmp_path_factory.mktemp("one"), 1, configurations(1))[0]
+    """The results of one process, in the order of `configurations(1)` and `WHOLE_UPDATES`."""
+    given = [*configurations(1), *WHOLE_UPDATES]
+    return launch(tmp_path_factory.mktemp("one"), 1, given)[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +71,7 @@ def two(tmp_path_factory):
         "equivalent": configurations(2),
         "with dropout": WITH_DROPOUT,
         "at rest": AT_REST,
+        "half updates": HALF_UPDATES,
         "plain loops": PLAIN_LOOPS,
     }
     everything = [given for group in groups.values() for given in group]
@@ -73,7 +87,7 @@ def two(tmp_path_factory):
 def test_processes_times_accumulation_times_batch(one, two):
     """1 x 8 = 2 x 4 = 8 x 1 (processes x accumulation x batch): same step sizes and weights."""
     by_run = {}
-    for results, processes in ((one, 1), (two[0]["equivalent"], 2)):
+    for results, processes in ((one[: -len(WHOLE_UPDATES)], 1), (two[0]["equivalent"], 2)):
         for given, result in zip(configurations(processes), results, strict=True):
             by_run.setdefault((given["model"], given["optim"]), []).append(result)
     assert len(by_run) == 3
@@ -83,6 +97,20 @@ def test_processes_times_accumulation_times_batch(one, two):
             assert result["step_sizes"] == pytest.approx(same[0]["step_sizes"], rel=1e-3)
             assert result["losses"] == pytest.approx(same[0]["losses"], rel=1e-3)
             assert result["norm"] == pytest.approx(same[0]["norm"], rel=1e-4)
+
+
+def test_the_scale_of_the_loss_is_known_to_all(one, two):
+    """BERT's stock loss is the sum of 4 micro-batches times 2 processes, at last of 2."""
+    scales = {"bert": [8, 8, 8, 4] * 2 + [8, 8], "gpt2": [1] * 10}
+    for rank in two:
+        results = zip(HALF_UPDATES, rank["half updates"], one[-len(WHOLE_UPDATES) :], strict=True)
+        for given, half, whole in results:
+            ratios = [
+                size / cut
+                for size, cut in zip(whole["step_sizes"], half["step_sizes"], strict=True)
+            ]
+            assert half["searches"] == 10
+            assert ratios == pytest.approx(scales[given["model"]], rel=1e-3)
 
 
 def test_ranks_hold_the_same_weights(two):
@@ -113,6 +141,6 @@ def test_trials_through_the_wrapper_of_ddp(two):
 def test_one_all_reduce_per_evaluation_and_none_without_a_search(two):
     """Each search averages f(w_k) and every trial loss; DDP itself reduces outside of Python."""
     for rank in two:
-        for name in ("equivalent", "with dropout", "at rest"):
+        for name in ("equivalent", "with dropout", "at rest", "half updates"):
             for result in rank[name]:
                 assert result["all_reduces"] == result["searches"] + result["trials"]

@@ -141,7 +141,8 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         # Accelerate shards on accelerators only and would fall back to DDP here without a word.
         PartialState().distributed_type = DistributedType.MULTI_GPU
     model = make_model(configuration["model"], configuration["dropout"])
-    trainer = SaLSaTrainer(model, args, train_dataset=make_data(configuration["model"]))
+    data = make_data(configuration["model"])[: configuration.get("examples")]
+    trainer = SaLSaTrainer(model, args, train_dataset=data)
     all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
     optimizer = trainer.line_search
