@@ -410,9 +410,11 @@ class LineSearchOptimizer(Direction, Optimizer):
         if measure is not None:
             parts = measure(parts)
         growth = parts.growth_since(before)
+        run = replace(run, micro_batches=parts.micro_batches, loss_factor=parts.factor)
         if growth != 1 and state.step_size_known:
             state = state.rescaled(loss=growth, step_size=growth**-self.degree)
-        run = replace(run, micro_batches=parts.micro_batches, loss_factor=parts.factor)
+            self.rescale(growth)
+            self._write(state, run)  # all together, should the search be interrupted
         return state, run
 
     # --- state

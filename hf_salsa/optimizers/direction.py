@@ -33,6 +33,12 @@ class Direction:
         """Return what `direction` does, and <g_k, p_k> of each piece (see `Line.agreement`)."""
         raise NotImplementedError
 
+    def rescale(self, growth: float) -> None:
+        """Carry what a step keeps of earlier gradients over to a loss `growth` times as large.
+
+        Needed where the step size changes with the scale of the loss.
+        """
+
     def take_step(self, update: Update) -> None:
         """Move the moments by one step and the weights along the final direction."""
         raise NotImplementedError

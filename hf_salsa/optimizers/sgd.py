@@ -65,6 +65,12 @@ class LineSearchSGD(LineSearchOptimizer):
         torch._foreach_add_(buffers, wide)
         return list(buffers)
 
+    def rescale(self, growth: float) -> None:
+        """Rescale u_{k-1}: else a step along it would have another length."""
+        for state in self.state.values():
+            if "momentum_buffer" in state:
+                state["momentum_buffer"].mul_(growth)
+
     def take_step(self, update: Update) -> None:
         """Take torch's SGD step after decoupled decay."""
         momentum, weight_decay = update.group["momentum"], update.group["weight_decay"]

@@ -18,14 +18,15 @@ ADAM = {"betas": (0.0, 0.0), "eps": 1e-30}
 PLUS = {"cool_down": 0.0, "confidence": 1e9}
 OPTIMIZERS = [
     (SaLSaSGD, SGD),
+    (SaLSaSGD, {"momentum": 0.9}),
     (SaLSaAdam, ADAM),
-    (SaLSaSGDPlus, {"momentum": 1e-30, **PLUS}),
+    (SaLSaSGDPlus, {"cool_down": 0.0}),
     (SaLSaAdamPlus, ADAM | {"betas": (1e-30, 0.0), **PLUS}),
     (OneTrialSGD, SGD),
     (OneTrialAdam, ADAM),
 ]
 every_rule = pytest.mark.parametrize(
-    ("cls", "settings"), OPTIMIZERS, ids=[cls.__name__ for cls, _ in OPTIMIZERS]
+    ("cls", "settings"), OPTIMIZERS, ids=[f"{c.__name__} {s}" for c, s in OPTIMIZERS]
 )
 
 
