@@ -24,9 +24,11 @@ _MODULES = {
     "SaLSaTrainer": "trainer",
     "SaLSaTrainerMixin": "trainer",
     "SaLSaTrainingArguments": "training_args",
+    "head_groups": "head",
 }
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs
+    from .head import head_groups as head_groups
     from .objective import BatchObjective as BatchObjective
     from .optimizers import OPTIMIZERS as OPTIMIZERS
     from .optimizers import SLSSGD as SLSSGD

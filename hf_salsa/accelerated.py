@@ -6,13 +6,23 @@ from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
 from .optimizers import LineSearchOptimizer
+from .optimizers.evaluating import Evaluating
 
 
 def unwrap_optimizer(optimizer: Optimizer | None) -> LineSearchOptimizer | None:
     """Return the line-search optimizer inside Accelerate's wrapper, or None if it is another."""
+    evaluating = unwrap_evaluating(optimizer)
+    return evaluating if isinstance(evaluating, LineSearchOptimizer) else None
+
+
+def unwrap_evaluating(optimizer: Optimizer | None) -> Evaluating | None:
+    """Return the optimizer inside Accelerate's wrapper if it evaluates the loss again, or None.
+
+    That is a line-search optimizer, or a stock one that trains a new head first.
+    """
     while _is_accelerated(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[union-attr]
-    return optimizer if isinstance(optimizer, LineSearchOptimizer) else None
+    return optimizer if isinstance(optimizer, Evaluating) else None
 
 
 def _is_accelerated(optimizer: Optimizer | None) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from .accelerated import scaler_of, synchronises_gradients, unwrap_optimizer
+from .accelerated import scaler_of, synchronises_gradients, unwrap_evaluating
 from .micro_batch import MicroBatch, checked_loss, copied_inputs, write_counts
-from .optimizers import LineSearchOptimizer
+from .optimizers.evaluating import Evaluating
 from .optimizers.scale import NOT_A_SUM, NOT_KNOWN, Parts
 from .optimizers.tensors import gradients_aside, whole
 from .processes import all_have, mean_over_processes, several_processes
@@ -40,8 +40,8 @@ class BatchObjective:
     Args:
         model: The model, as it is trained (after `accelerator.prepare`). Its parameters are not
             touched here.
-        optimizer: The line-search optimizer (or Accelerate's wrapper of it). `step()` without a
-            closure uses this objective from now on.
+        optimizer: The line-search optimizer, or a stock one that trains a new head first (or
+            Accelerate's wrapper of it). `step()` without a closure uses this objective from now on.
         modules: Further modules that the loss uses, whose state is put back too.
         scaler: The `torch.amp.GradScaler` of a loop of one's own. That of Accelerate is known.
 
@@ -66,20 +66,20 @@ class BatchObjective:
         modules: tuple[nn.Module, ...] = (),
         scaler: GradScaler | None = None,
     ) -> None:
-        line_search = unwrap_optimizer(optimizer)
-        if line_search is None:
+        evaluating = unwrap_evaluating(optimizer)
+        if evaluating is None:
             raise TypeError(
                 f"BatchObjective needs a line-search optimizer (SaLSaAdam, ...), not "
                 f"{type(optimizer).__name__}: no other one evaluates the loss again."
             )
-        trained = {id(p) for group in line_search.param_groups for p in group["params"]}
+        trained = {id(p) for group in evaluating.param_groups for p in group["params"]}
         if trained.isdisjoint(id(p) for p in model.parameters()):
             raise ValueError(
                 f"The optimizer trains no parameter of this {type(model).__name__}. Make the "
                 "objective of the model that the optimizer was made for, after "
                 "accelerator.prepare(model, optimizer) where there is one."
             )
-        self._optimizer: LineSearchOptimizer = line_search
+        self._optimizer: Evaluating = evaluating
         self._scaler = scaler or scaler_of(optimizer)
         self.scene = Scene(model, modules)
         self.with_gradients = False  # whether an evaluation needs gradients of its own
@@ -95,11 +95,11 @@ class BatchObjective:
         self._update_complete = True
         self._writes_into_inputs: bool | None = None  # None: not seen yet
         self._updates = 0
-        line_search.attach(self)
+        evaluating.attach(self)
 
     @property
-    def line_search(self) -> LineSearchOptimizer:
-        """The line-search optimizer, without Accelerate's wrapper."""
+    def line_search(self) -> Evaluating:
+        """The optimizer that evaluates the loss again, without Accelerate's wrapper."""
         return self._optimizer
 
     @property
@@ -317,6 +317,7 @@ class BatchObjective:
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} is not allowed: it must be a number above 0.")
+        self._optimizer.leave_body_alone()
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         params = [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -25,16 +25,17 @@ _REFUSED_LOSSES = {
 }
 
 
-def refuse_what_comes_out_wrong(trainer: Trainer, optimizer: str) -> None:
+def refuse_what_comes_out_wrong(trainer: Trainer, who: str, instead: str) -> None:
     """Raise a `ValueError` with the reason and the alternative, before training starts.
 
     Args:
         trainer: The trainer, as it was constructed.
-        optimizer: The name of its line-search optimizer.
+        who: What evaluates the loss again: its line-search optimizer, or a setting.
+        instead: What to do if the set-up shall stay.
     """
     reason = next(_reasons(trainer), None)
     if reason is not None:
-        raise ValueError(f"{optimizer} does not work with {reason}; or use a stock optimizer.")
+        raise ValueError(f"{who} does not work with {reason}; or {instead}.")
 
 
 def _reasons(trainer: Trainer) -> Iterator[str]:

@@ -106,6 +106,15 @@ SETTINGS = {
         lambda x: 0 <= x <= 1,
     ),
     # --- of the optimizers
+    "head_first": Setting(
+        "Updates at the start, at most a tenth of the run, that train a new head alone",
+        "a whole number of updates, at least 0 (10 works well, 0 trains all from the start)",
+        lambda x: x >= 0,
+        int,
+    ),
+    "head": Setting(
+        "Whether a parameter group is the new head", "True or False", lambda x: True, bool
+    ),
     "total_steps": Setting(
         "Steps of the run",
         "a whole number of steps, at least 1",
@@ -143,6 +152,7 @@ class SettingFields:
     are reached by `--optim_args NAME=VALUE`.
     """
 
+    salsa_head_first: int | None = None
     salsa_c: float | None = None
     salsa_beta3: float | None = None
     salsa_steps_to_double: float | None = None

@@ -15,6 +15,7 @@ from .settings import SETTINGS, SettingFields, check_setting
 
 _DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
 _PREFIX = "salsa_"
+_HEAD_FIRST = "salsa_head_first"  # which the optimizers of transformers have too
 # Settings that transformers has fields for.
 _STOCK_FIELDS = {
     "weight_decay": "weight_decay",
@@ -53,6 +54,14 @@ class SaLSaArgumentsMixin(SettingFields):
             f"{', '.join(OPTIMIZERS)}; or any optimizer of transformers (adamw_torch, ...)."
         },
     )
+    salsa_head: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The new head that salsa_head_first trains: names of parameters, or how they "
+            "begin. Default: what is new at the end of a trained model, by its weights. For every "
+            "optimizer, those of transformers too."
+        },
+    )
     max_grad_norm: float | None = field(
         default=None,
         metadata={
@@ -76,6 +85,8 @@ class SaLSaArgumentsMixin(SettingFields):
             self._refuse_settings_of_a_search(name)
         else:
             self._check_line_search_arguments(name)
+        self._check_head(name)
+        if name in OPTIMIZERS:
             # transformers knows its own names only; none of what it derives depends on this one.
             self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]  # of TrainingArguments, which comes next
@@ -102,11 +113,22 @@ class SaLSaArgumentsMixin(SettingFields):
         return self
 
     def _refuse_settings_of_a_search(self, name: str) -> None:
-        given = [e.name for e in fields(SettingFields) if getattr(self, e.name) is not None]
+        if self.salsa_head_first is not None:
+            check_setting("head_first", self.salsa_head_first, _HEAD_FIRST)
+        set_fields = [e.name for e in fields(SettingFields) if getattr(self, e.name) is not None]
+        given = [field_name for field_name in set_fields if field_name != _HEAD_FIRST]
         if given:
             raise ValueError(
                 f"{given[0]}={getattr(self, given[0])!r} is not allowed with optim={name!r}, which "
                 f"does not search. Leave it out, or choose one of {', '.join(OPTIMIZERS)}."
+            )
+
+    def _check_head(self, name: str) -> None:
+        arguments: Any = self  # also of TrainingArguments
+        if self.salsa_head is not None and not head_first_of(arguments):
+            raise ValueError(
+                f"salsa_head={self.salsa_head!r} is not allowed where no head is trained first: "
+                f"set salsa_head_first (10 works well with optim={name!r}), or leave it out."
             )
 
     def _check_line_search_arguments(self, name: str) -> None:
@@ -133,6 +155,12 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         optim: `"salsa_adam"` (default), `"salsa_sgd"`, `"sls_adam"`, `"sls_sgd"`,
             `"salsa_adam_plus"`, `"salsa_sgd_plus"`; or any name that transformers knows, with which
             training is `Trainer`'s own.
+        salsa_head_first: Updates at the start, at least 0 and at most a tenth of the run, that
+            train the new head of a trained body alone, by a line search of its own; with
+            the optimizers of transformers too. Moments and weight decay, of head and body, begin
+            after them, a learning-rate schedule with the first of them. Off (0) by default.
+        salsa_head: The new head: names of parameters, or how they begin. Default: found by its
+            weights (`hf_salsa.head.find_head`).
         salsa_c: c of the Armijo criterion, in (0, 1).
         salsa_beta3: Smoothing of both sides of the criterion, in [0, 1).
         salsa_steps_to_double: Updates in which the step size may double, at least 1.
@@ -169,6 +197,15 @@ def line_search_name(args: TrainingArguments) -> str | None:
     if isinstance(args, SaLSaArgumentsMixin):
         return args.optim if args.optim in OPTIMIZERS else None
     return _DEFAULT_OPTIMIZER
+
+
+def head_first_of(args: TrainingArguments) -> int:
+    """Return how many updates `args` ask to train a new head alone."""
+    name = line_search_name(args)
+    if name is None:
+        return vars(args)[_HEAD_FIRST] or 0
+    settings = OPTIMIZERS[name].default_settings() | _given_settings(args, name)
+    return int(settings.get("head_first", 0))
 
 
 def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class OneTrialAdam(LineSearchAdam):
         direction: str = "gradient",
         weight_decay: float = 0.0,
         cool_down: float = OneTrial.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 
@@ -69,5 +70,6 @@ class OneTrialSGD(LineSearchSGD):
         direction: str = "gradient",
         weight_decay: float = 0.0,
         cool_down: float = OneTrial.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...

@@ -86,6 +86,7 @@ def test_public_names():
         "SaLSaTrainer",
         "SaLSaTrainerMixin",
         "SaLSaTrainingArguments",
+        "head_groups",
     }
     further = {cls.__name__ for cls in hf_salsa.OPTIMIZERS.values()} - published
     assert published <= set(hf_salsa.__all__) <= published | further

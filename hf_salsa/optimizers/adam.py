@@ -34,6 +34,7 @@ class LineSearchAdam(LineSearchOptimizer):
         betas: beta1 and beta2, each in [0, 1).
         eps: Added to the denominator, above 0.
         weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
+        head_first: Updates at the start, at least 0, that train a new head alone.
     """
 
     options: ClassVar[dict[str, Any]] = {
@@ -41,6 +42,7 @@ class LineSearchAdam(LineSearchOptimizer):
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "head_first": 0,
     }
     base_name: ClassVar[str] = "Adam"
 
@@ -170,6 +172,8 @@ class SaLSaAdam(LineSearchAdam):
         cool_down: Share of the run, in [0, 1], over which at its end the step size is applied by a
             factor that falls linearly from 1 to 0. Searches go on at the full step size. 0, the
             paper's method, applies it as it is.
+        head_first: Updates at the start, at least 0, that train the new head alone: the groups
+            with `"head": True` (`hf_salsa.head.head_groups`); at most a tenth of the run.
         total_steps: Steps of the run, at least 1, for `cool_down`; `SaLSaTrainer` knows them. None
             (default): not known, `plan()` will say.
 
@@ -215,6 +219,7 @@ class SaLSaAdam(LineSearchAdam):
         require_decrease: bool = SaLSa.require_decrease,
         max_trials: int = SaLSa.max_trials,
         cool_down: float = SaLSa.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 
@@ -244,6 +249,7 @@ class SLSAdam(SaLSaAdam):
         require_decrease: bool = SaLSa.require_decrease,
         max_trials: int = SaLSa.max_trials,
         cool_down: float = SaLSa.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 
@@ -292,6 +298,8 @@ class SaLSaAdamPlus(LineSearchAdam):
         weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
         max_trials: Most forward passes of one search, at least 1.
         cool_down: Share of the run, in [0, 1], over which at its end the step size falls to 0.
+        head_first: Updates at the start, at least 0, that train the new head alone: the groups
+            with `"head": True` (`hf_salsa.head.head_groups`); at most a tenth of the run.
         total_steps: Steps of the run, at least 1; `SaLSaTrainer` knows them. None (default): not
             known, `plan()` will say, or `cool_down=0` needs none.
 
@@ -331,6 +339,7 @@ class SaLSaAdamPlus(LineSearchAdam):
         weight_decay: float = 0.0,
         max_trials: int = Plus.max_trials,
         cool_down: float = Plus.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,14 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from ..rules import RuleState, SearchRecord, StepSizeRule
+from ..rules import RuleState, StepSizeRule
 from ..settings import check_setting
-from . import messages, updates
+from . import head_phase, messages, updates
 from .checks import ask, check_derivative, differentiated, refuse_hopeless, unusable
 from .direction import Direction
-from .evaluation import Closure, Evaluation, Objective, spacing
+from .evaluating import Evaluating
+from .evaluation import Closure, spacing
 from .scale import NOT_KNOWN, Parts
 from .signature import refuse_learning_rate, refuse_names
 from .skips import (
@@ -47,7 +47,7 @@ from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
 
 
-class LineSearchOptimizer(Direction, Optimizer):
+class LineSearchOptimizer(Direction, Evaluating):
     """A torch optimizer whose step size a rule finds on the mini-batch itself.
 
     A subclass brings the direction (`LineSearchAdam`, `LineSearchSGD`), and a subclass of that the
@@ -57,7 +57,8 @@ class LineSearchOptimizer(Direction, Optimizer):
 
     Args:
         params: Parameters or parameter groups. A group may have its own values of `options`, but
-            not of `direction`; all groups share one step size.
+            not of `direction` and `head_first`; all groups share one step size. A group with
+            `"head": True` is the new head of `head_first` (`hf_salsa.head.head_groups` makes it).
         total_steps: Steps of the run, at least 1. None (default): not known, `plan()` will say.
         settings: By keyword: the settings of the rule, and `options` of the direction.
 
@@ -87,17 +88,19 @@ class LineSearchOptimizer(Direction, Optimizer):
         state = self.rule_type.state_type(rule.initial_step_size)
         run = RunState(run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **vars(rule), **options, **vars(state), **vars(run)}
+        defaults["head"] = False
         self._reset_transients()
         super().__init__(params, defaults)
 
     def _reset_transients(self) -> None:
-        self._objective: Objective | None = None
-        self._last_search: SearchRecord | None = None
+        self._objective = None
+        self._last_search = None
         self._backups: dict[Tensor, Tensor] = {}
         self._unread_skips = UnreadSkips()
-        self._warned: set[str] = set()
+        self._warned = frozenset()
         self._asked_for_parts = False
-        self._checked = False  # whether the objective is the loss that is differentiated
+        self._replay_checked = False
+        self._derivative_checked = False  # whether its derivative is what backward found
 
     # --- what a user reads and says
 
@@ -125,12 +128,7 @@ class LineSearchOptimizer(Direction, Optimizer):
     @property
     def search_due(self) -> bool:
         """Whether the coming `step()` will search."""
-        return self._read()[0].search_due
-
-    @property
-    def last_search(self) -> SearchRecord | None:
-        """The record of the latest search of this process, or None before the first."""
-        return self._last_search
+        return self.head_alone or self._read()[0].search_due
 
     @property
     def counters(self) -> Counters:
@@ -139,7 +137,9 @@ class LineSearchOptimizer(Direction, Optimizer):
         On an accelerator, reading them waits for the latest step.
         """
         state, run = self._settled()
-        return Counters(state.searches, run.trials, state.failed_searches, run.skipped_steps)
+        searches = state.searches + run.head_steps
+        failed = state.failed_searches + run.head_failures
+        return Counters(searches, run.trials, failed, run.skipped_steps)
 
     def plan(self, total_steps: int, done: int = 0) -> None:
         """Say how long the run is, by which rules with a tail know their time.
@@ -168,10 +168,6 @@ class LineSearchOptimizer(Direction, Optimizer):
         changed = run.micro_batches not in (0, micro_batches)
         if changed and run.loss_factor == NOT_KNOWN:
             self._write(replace(state, search_interval=state.steps_since_search + 1), run)
-
-    def attach(self, objective: Objective | None) -> None:
-        """Let `step()` without a closure take loss and re-evaluation from `objective`."""
-        self._objective = objective
 
     def note_skipped_step(self) -> None:
         """Count a step that somebody else skipped, as a gradient scaler does on overflow.
@@ -213,7 +209,9 @@ class LineSearchOptimizer(Direction, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Moments keep the precision in which they are kept.
 
-        A setting that the checkpoint does not know yet keeps the value that it has here.
+        A setting that the checkpoint does not know yet keeps the value that it has here. Which
+        parameters are the new head is what the checkpoint says, if it has marked one or if here one
+        is marked.
 
         Args:
             state_dict: What `state_dict()` of the same kind of optimizer returned.
@@ -229,6 +227,7 @@ class LineSearchOptimizer(Direction, Optimizer):
             self._warn_once(f"settings {changed}", text)
         here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
         groups = [LATER_NAMES | here | group for group in state_dict["param_groups"]]
+        self.param_groups = head_phase.cut_like(self.param_groups, groups)
         super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})
         self._unread_skips = UnreadSkips()  # they were steps of the state that is gone
         restore_precision(self, state_dict)
@@ -270,6 +269,8 @@ class LineSearchOptimizer(Direction, Optimizer):
             closure = None
             if objective is not None and objective.recorded:
                 closure, loss = objective, objective.loss
+        if closure is not None:
+            self.leave_body_alone()
         try:
             return self._step(closure, loss)
         finally:
@@ -294,7 +295,7 @@ class LineSearchOptimizer(Direction, Optimizer):
         found_inf = None
         limit = min(map(square_limit, {p.dtype for p in params}))
         on_host = not isinstance(norm, Tensor) or norm.device.type in _HOST_DEVICES
-        if state.search_due or on_host:
+        if self.search_due or on_host:
             state, run = self._settled()
             if not float(norm) <= limit and not largest_squares_fit(params):
                 self._skip(state, run)
@@ -302,12 +303,14 @@ class LineSearchOptimizer(Direction, Optimizer):
         else:
             assert isinstance(norm, Tensor)
             found_inf = self._unread_skips.note(norm, limit, run.consecutive_skips)
+        if self.head_alone:
+            return self._train_head(closure, loss, state, run)
         if state.search_due:
             loss, state, run = self._search(closure, loss, state, run)
         else:
             state, run = self._carried_over(closure, state, run)
             state = replace(state, steps_since_search=state.steps_since_search + 1)
-        run = replace(run, steps=run.steps + 1)
+        run = replace(run, steps=run.steps + 1, head_applied=0.0)
         if self.rule_type.looks_back and state.search_due:
             self._keep_weights()
         step_size = self._applied(state, run)
@@ -329,19 +332,9 @@ class LineSearchOptimizer(Direction, Optimizer):
                 backups=self._backups,
             )
         )
-        params = [p for group in self.param_groups for p in group["params"]]
-        evaluate = Evaluation(closure, self._objective, params)
-        first = not state.step_size_known and not self._checked
-        fault = None
-        if first and loss is None:
-            loss = evaluate()
-        if first and loss is not None and math.isfinite(loss):
-            fault = evaluate.fault(loss, spacing(loss, chunks))
-            if fault is not None:
-                self._warn_once("replay", fault)
-            run = replace(run, reevaluate_loss=fault is not None)
-        if loss is None or run.reevaluate_loss:
-            loss = evaluate()
+        first = not state.step_size_known and not self._derivative_checked
+        evaluate = self._evaluation(closure)
+        loss, run = self._known(loss, evaluate, chunks, first and not run.head_step_size, run)
         epsilon, before = spacing(loss, chunks), state
         measure = partial(evaluate.measured, loss=float(loss), epsilon=epsilon)
         state, run = self._carried_over(closure, state, run, measure)
@@ -350,11 +343,12 @@ class LineSearchOptimizer(Direction, Optimizer):
                 points, self._measure, self.rule, state, loss=float(loss), epsilon=epsilon
             )
             precise = not any(c.params[0].dtype in LOW_PRECISION for c in chunks)
-            if first and fault is None and precise and unusable(line) is None:
+            exact = not run.reevaluate_loss
+            if first and exact and precise and unusable(line) is None:
                 check_derivative(line)
             record, searched = ask(self.rule, state, line)
         torch.clear_autocast_cache()
-        self._checked = self._checked or math.isfinite(line.loss)
+        self._derivative_checked = self._derivative_checked or math.isfinite(line.loss)
         self._last_search = record
         if not record.accepted:
             self._warn_once(record.outcome, messages.failed_search(record, searched))
@@ -365,6 +359,19 @@ class LineSearchOptimizer(Direction, Optimizer):
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
         return loss, searched, replace(run, trials=run.trials + evaluate.count)
+
+    def _train_head(
+        self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState
+    ) -> Tensor | float:
+        """Take a step of the new head alone; moments and step size of its own wait."""
+        loss, run = self._head_step(closure, loss, run)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state_of(param, group)  # checkpoints hold that of all parameters or of none
+        if self.rule_type.looks_back:
+            self._keep_weights()  # the step of the head is none to look back to
+        self._write(state, run)
+        return loss
 
     def _measure(self, chunk: Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement."""
@@ -473,14 +480,9 @@ class LineSearchOptimizer(Direction, Optimizer):
 
     def _applied(self, state: RuleState, run: RunState) -> float:
         """Return the step size of the latest step."""
+        if run.head_applied:
+            return run.head_applied
         if run.steps and not state.step_size_known:
             return 0.0  # only the moments move
         latest = max(0, run.steps - 1 - run.run_start)
         return float(state.step_size * self.rule.factor(latest, run.run_steps))
-
-    # --- warnings
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=2)

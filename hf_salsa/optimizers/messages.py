@@ -12,6 +12,17 @@ NO_LOSS = (
     "objective = BatchObjective(model, optimizer) once, then "
     "loss = objective.record(loss_fn, batch) in place of loss = loss_fn(batch)."
 )
+NO_LOSS_OF_HEAD = (
+    "{name}.step() trains the new head alone at first, by a line search, and there is no loss to "
+    "re-evaluate. Record the mini-batch: objective = BatchObjective(model, optimizer) once, then "
+    "loss = objective.record(loss_fn, batch) in place of loss = loss_fn(batch)."
+)
+ANOTHER_HEAD = (
+    "The checkpoint and this optimizer do not agree on whether there is a new head, which "
+    "salsa_head_first trains first. If the model was loaded from the checkpoint, its head is no "
+    "longer new: load the model that the run began with, or name the head (salsa_head). If the "
+    "checkpoint is of a run without salsa_head_first, leave that out."
+)
 NO_GRADIENTS = (
     "{name}.step() found no gradients. Call loss.backward() before step(closure): the closure only "
     "returns the loss."
@@ -89,6 +100,15 @@ def failed_search(record: SearchRecord, state: RuleState) -> str:
     return (
         f"A line search failed: {reason}; {kept}. Said once; counters.failed_searches has the "
         "total."
+    )
+
+
+def failed_head_search(record: SearchRecord) -> str:
+    """Return what went wrong in a search of the new head alone."""
+    reason = _FAILURES[record.outcome].format(**asdict(record))
+    return (
+        f"A line search of the new head failed: {reason}; no step is taken. Said once; "
+        "counters.failed_searches has the total."
     )
 
 

@@ -37,6 +37,7 @@ class LineSearchSGD(LineSearchOptimizer):
         "direction": "gradient",
         "momentum": 0.0,
         "weight_decay": 0.0,
+        "head_first": 0,
     }
     base_name: ClassVar[str] = "SGD"
     degree: ClassVar[int] = 1
@@ -129,6 +130,8 @@ class SaLSaSGD(LineSearchSGD):
         cool_down: Share of the run, in [0, 1], over which at its end the step size is applied by a
             factor that falls linearly from 1 to 0. Searches go on at the full step size. 0, the
             paper's method, applies it as it is.
+        head_first: Updates at the start, at least 0, that train the new head alone: the groups
+            with `"head": True` (`hf_salsa.head.head_groups`); at most a tenth of the run.
         total_steps: Steps of the run, at least 1, for `cool_down`; `SaLSaTrainer` knows them. None
             (default): not known, `plan()` will say.
 
@@ -159,6 +162,7 @@ class SaLSaSGD(LineSearchSGD):
         require_decrease: bool = SaLSa.require_decrease,
         max_trials: int = SaLSa.max_trials,
         cool_down: float = SaLSa.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 
@@ -187,6 +191,7 @@ class SLSSGD(SaLSaSGD):
         require_decrease: bool = SaLSa.require_decrease,
         max_trials: int = SaLSa.max_trials,
         cool_down: float = SaLSa.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 
@@ -203,7 +208,8 @@ class SaLSaSGDPlus(LineSearchSGD):
         weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
             least 0. Not part of the tested step.
         c, beta3, steps_to_double, steps_to_double_fast, confidence, first_share, backtrack_factor,
-            initial_step_size, max_search_interval, direction, max_trials, cool_down, total_steps:
+            initial_step_size, max_search_interval, direction, max_trials, cool_down, head_first,
+            total_steps:
             as in `SaLSaAdamPlus`.
 
     Raises:
@@ -231,6 +237,7 @@ class SaLSaSGDPlus(LineSearchSGD):
         weight_decay: float = 0.0,
         max_trials: int = Plus.max_trials,
         cool_down: float = Plus.cool_down,
+        head_first: int = 0,
         total_steps: int | None = None,
     ) -> None: ...
 

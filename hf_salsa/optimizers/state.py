@@ -34,6 +34,10 @@ class RunState:
         run_steps: Steps of the run; 0 where they are not known.
         micro_batches: Of the update whose scale the state of the rule has: `Parts.micro_batches`.
         loss_factor: The same of `Parts.factor`.
+        head_steps: Steps that trained the new head alone.
+        head_failures: How many of them found no step size.
+        head_step_size: The step size of the latest of them that found one.
+        head_applied: The step size of the latest step, if it was one of them, else 0.
     """
 
     reevaluate_loss: bool = False
@@ -45,10 +49,23 @@ class RunState:
     run_steps: int = 0
     micro_batches: float = 0.0
     loss_factor: float = NOT_KNOWN
+    head_steps: int = 0
+    head_failures: int = 0
+    head_step_size: float = 0.0
+    head_applied: float = 0.0
 
 
-# What checkpoints of earlier versions lack, and stands for "not known".
-LATER_NAMES = {"micro_batches": RunState.micro_batches, "loss_factor": RunState.loss_factor}
+# What checkpoints of earlier versions lack, and stands for "not known", or for no head.
+LATER_NAMES = {
+    "micro_batches": RunState.micro_batches,
+    "loss_factor": RunState.loss_factor,
+    "head": False,
+    "head_first": 0,
+    "head_steps": RunState.head_steps,
+    "head_failures": RunState.head_failures,
+    "head_step_size": RunState.head_step_size,
+    "head_applied": RunState.head_applied,
+}
 
 
 @dataclass(frozen=True)
@@ -78,19 +95,19 @@ def read(record: type[Record], group: dict[str, Any]) -> Record:
     return record(**{name: group[name] for name in names_of(record)})
 
 
-def write(groups: list[dict[str, Any]], *records: Any, lr: float) -> None:
-    """Write dataclasses and the step size last applied into all parameter groups."""
+def write(groups: list[dict[str, Any]], *records: Any, **others: Any) -> None:
+    """Write dataclasses, and what is given by name, into all parameter groups."""
     for group in groups:
         for record in records:
             group.update(vars(record))
-        group["lr"] = lr
+        group.update(others)
 
 
 def shared_names(optimizer: type[Any]) -> list[str]:
     """Return what all parameter groups share: one search, one step size."""
     records = (optimizer.rule_type, optimizer.rule_type.state_type, RunState)
     names = [name for record in records for name in names_of(record)]
-    return [*names, *(name for name in optimizer.options if name == "direction"), "lr"]
+    return [*names, *({"direction", "head_first"} & optimizer.options.keys()), "lr"]
 
 
 def refuse_own_values(optimizer: type[Any], group: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ class TrialPoints:
             for column, numbers in zip(columns, found, strict=True):
                 column += numbers
             owners += chunk.owners
-            _move(chunk, direction, step_size)
+            move(chunk, direction, step_size)
         self._written = step_size
         sums: list[float] = sum_over_shards(columns, owners).tolist()
         return sums
@@ -147,7 +147,7 @@ class TrialPoints:
                 torch._foreach_lerp_(chunk.params, chunk.backups, 1 - step_size / written)
             else:
                 torch._foreach_copy_(chunk.params, chunk.backups)
-                _move(chunk, self._direction(chunk), step_size)
+                move(chunk, self._direction(chunk), step_size)
 
     def undo_last_step(self) -> float:
         """Move to w_{k-1}, the weights before the last step u, and return <g_k, u>."""
@@ -165,7 +165,8 @@ class TrialPoints:
         return float(sum_over_shards([products], owners))
 
 
-def _move(chunk: Chunk, direction: list[Tensor], step_size: float) -> None:
+def move(chunk: Chunk, direction: list[Tensor], step_size: float) -> None:
+    """Move the weights of a chunk by -step_size * direction, rounding once."""
     if chunk.params[0].dtype in LOW_PRECISION:
         trial = [p.float() for p in chunk.params]
         torch._foreach_add_(trial, direction, alpha=-step_size)

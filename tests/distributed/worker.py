@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_salsa import BatchObjective, SaLSaSGD, SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa.accelerated import unwrap_evaluating
 
 torch.set_num_threads(1)
 
@@ -50,8 +51,18 @@ def count_all_reduces() -> list[int]:
     return calls
 
 
+def with_new_head(trained: BertForSequenceClassification) -> BertForSequenceClassification:
+    """Return the body of a trained model with a new head, as `from_pretrained` makes it."""
+    set_seed(0)
+    return BertForSequenceClassification.from_pretrained(
+        None, config=trained.config, state_dict=trained.bert.state_dict()
+    )
+
+
 def make_model(kind: str, dropout: float) -> torch.nn.Module:
     set_seed(0)
+    if kind == "new head":
+        return with_new_head(make_model("bert", dropout))
     if kind == "batchnorm":
         return WithBatchNorm()
     if kind == "bert":
@@ -74,7 +85,7 @@ def make_data(kind: str) -> list[dict]:
     tokens = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(1))
     if kind == "batchnorm":
         tokens = tokens[:61]  # the last batch is not full
-    if kind in ("bert", "batchnorm"):
+    if kind in ("bert", "batchnorm", "new head"):
         return [{"input_ids": row, "labels": int(row[0] < 32)} for row in tokens]
     examples = [{"input_ids": row, "labels": row.clone()} for row in tokens]
     for i, example in enumerate(examples):
@@ -145,7 +156,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
     trainer = SaLSaTrainer(model, args, train_dataset=data)
     all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
-    optimizer = trainer.line_search
+    optimizer = unwrap_evaluating(trainer.optimizer)
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in parameters])
     buffers = [b.double().flatten() for b in model.buffers()]
@@ -156,6 +167,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         "losses": [entry["loss"] for entry in history],
         "searches": optimizer.counters.searches,
         "trials": optimizer.counters.trials,
+        "head_steps": optimizer.param_groups[0]["head_steps"],
         "all_reduces": all_reduces[0],
         "weights": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
         "buffers": torch.cat(buffers).tolist() if buffers else [],

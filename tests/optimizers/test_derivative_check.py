@@ -179,6 +179,8 @@ def test_hard_functions_are_no_error(case, name, direction, sign, scale):
 @failures_expected
 def test_losses_of_every_size_and_sign_are_no_error(case, scale, offset, dtype):
     """Also 0 and below: the check looks at shares of their size."""
+    if dtype == torch.float32:
+        scale = min(scale, 1e15)  # squares of gradients must be finite
     params = parameters(dtype)
     x, y = next(batches(1, dtype))
     at_start = float(network_loss(params, x, y))

@@ -50,8 +50,8 @@ PLUS = {
     "max_trials": 30,
     "cool_down": 0.6,
 }
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-SGD = {"momentum": 0.0, "weight_decay": 0.0}
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "head_first": 0}
+SGD = {"momentum": 0.0, "weight_decay": 0.0, "head_first": 0}
 PUBLISHED = {
     "salsa_adam": (SaLSaAdam, SaLSa, PAPER | ADAM),
     "salsa_sgd": (SaLSaSGD, SaLSa, PAPER | SGD),
@@ -213,6 +213,7 @@ BAD = {
     "require_decrease": "yes",
     "max_trials": 0,
     "cool_down": 1.1,
+    "head_first": -1,
     "total_steps": 0,
     "weight_decay": -1.0,
     "betas": (0.9, 1.0),
