@@ -1,13 +1,12 @@
 """SaLSaTrainer: HuggingFace Trainer whose optimizer may evaluate the mini-batch again."""
 
 import copy
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,13 +22,12 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from .accelerated import unwrap_evaluating, unwrap_optimizer
-from .head import find_head, mark_head
 from .model_card import write_model_card
 from .objective import BatchObjective
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
-from .optimizers.head_first import HeadFirst, head_first_class
 from .refusals import refuse_what_comes_out_wrong
 from .run_trace import RunTrace
+from .trainer_head import HeadFirstMixin, with_head_first
 from .training_args import (
     SaLSaArgumentsMixin,
     head_first_of,
@@ -39,15 +37,8 @@ from .training_args import (
     resolved_max_grad_norm,
 )
 
-_logger = logging.getLogger(__name__)
-
 # The names under which Trainer takes parameters from the optimizer's arguments.
 _PARAMETER_OPTIONS = {"params", "model", "optimizer_dict"}
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 
 class StepSizeReadout(LRScheduler):
@@ -71,7 +62,7 @@ class StepSizeReadout(LRScheduler):
         return self.get_lr()
 
 
-class SaLSaTrainerMixin(_Base):
+class SaLSaTrainerMixin(HeadFirstMixin):
     """Lets any subclass of `Trainer` train with a line search.
 
     Put it first: `class SaLSaSFTTrainer(SaLSaTrainerMixin, SFTTrainer)`. `training_step` records
@@ -86,10 +77,7 @@ class SaLSaTrainerMixin(_Base):
             context, sequence or tensor parallelism, trainers that generate their own data).
     """
 
-    _objective: BatchObjective | None = None
     _run: TrainerState | None = None
-    _head: Sequence[str] | None = None  # until it is constructed
-    model: nn.Module
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # Trainer says LambdaLR
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,38 +101,9 @@ class SaLSaTrainerMixin(_Base):
                 )
         if uses_line_search:
             refuse_what_comes_out_wrong(self, name, "use a stock optimizer")
-        elif self._head_first:
+        elif self.head_first:
             refuse_what_comes_out_wrong(self, "salsa_head_first", "leave it out")
         self._head = self._new_head(self.model) if self.optimizer is None else ()
-
-    @property
-    def _head_first(self) -> int:
-        """How many updates shall train a new head alone, of an optimizer that is made here."""
-        if self.optimizer_cls_and_kwargs is None:
-            return head_first_of(self.args)
-        cls, options = self.optimizer_cls_and_kwargs
-        known = cls.default_settings() if issubclass(cls, LineSearchOptimizer) else {}
-        return int({**known, **options}.get("head_first", 0))
-
-    def _new_head(self, model: nn.Module) -> Sequence[str]:
-        """Return which parameters are a new head, if it shall be trained first.
-
-        Asked before a checkpoint is loaded, after which a head is no longer new, and before the
-        model is wrapped, after which what transformers marked is lost.
-        """
-        names = self.args.salsa_head if isinstance(self.args, SaLSaArgumentsMixin) else None
-        return find_head(model, names) if self._head_first else ()
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a model made by `model_init`.
-
-        Args:
-            trial: Of a hyper-parameter search.
-        """
-        model = super().call_model_init(trial)
-        if self._head is not None:
-            self._head = self._new_head(model)
-        return model
 
     @property
     def line_search(self) -> LineSearchOptimizer | None:
@@ -164,35 +123,13 @@ class SaLSaTrainerMixin(_Base):
         if name is None:
             cls, options = super().get_optimizer_cls_and_kwargs(args, model)
             number = head_first_of(args)
-            return _with_head_first(cls, options, number) if number else (cls, options)
+            return with_head_first(cls, options, number) if number else (cls, options)
         stock_args = copy.copy(args)
         stock_args.optim = OptimizerNames.ADAMW_TORCH
         _, options = super().get_optimizer_cls_and_kwargs(stock_args, model)
         # Which parameters to train, if not all of the model: sentence-transformers adds its loss's.
         params = {key: options[key] for key in _PARAMETER_OPTIONS & options.keys()}
         return OPTIMIZERS[name], optimizer_arguments(args) | params
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Set up the optimizer, with the new head marked if it shall be trained first.
-
-        Args:
-            args: As in `Trainer.create_optimizer`, like `kwargs`.
-            kwargs: The same by keyword.
-        """
-        given = self.optimizer
-        optimizer = super().create_optimizer(*args, **kwargs)
-        evaluating = unwrap_evaluating(optimizer)
-        if given is not None or evaluating is None or not evaluating.param_groups[0]["head_first"]:
-            return optimizer
-        if self._head:
-            groups = mark_head(evaluating.param_groups, self.model, self._head)
-            evaluating.param_groups[:] = groups
-            text = f"The new head is trained first, alone: {', '.join(self._head)}."
-        else:
-            text = "No new head on a trained body is found, so that none is trained first."
-        if self.is_world_process_zero():
-            _logger.info(text)
-        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -336,32 +273,16 @@ class SaLSaTrainerMixin(_Base):
             handler.call_event, accelerator.log = call_event, log
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._leave_body_alone()
-        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        norm = super()._clip_grad_norm(model)
         if self._objective is not None:
             self._objective.note_clipping(norm, self.args.max_grad_norm)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._leave_body_alone()
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        norm = super()._get_grad_norm(model, grad_norm)
         if self._objective is not None:
             self._objective.note_gradient_norm(norm)  # computed for the log, so it costs nothing
         return norm
-
-    @property
-    def _searching(self) -> bool:
-        return self._objective is not None and self._objective.line_search.search_due
-
-    def _leave_body_alone(self) -> None:
-        if self._objective is not None:
-            self._objective.line_search.leave_body_alone()
-
-    def _get_learning_rate(self) -> Any:
-        evaluating = unwrap_evaluating(self.optimizer)
-        if isinstance(evaluating, HeadFirst) and evaluating.in_phase:
-            return evaluating.step_size  # the head's; the schedule's was not applied
-        return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`, with what the search did since beside them.
@@ -462,17 +383,6 @@ class SaLSaTrainerMixin(_Base):
             "salsa/median_step_size": 0.0 if median is None else median,
             "salsa/final_step_size": line_search.step_size,
         }
-
-
-def _with_head_first(cls: Any, options: dict[str, Any], number: int) -> tuple[Any, dict[str, Any]]:
-    """Return a stock optimizer class that trains a new head first, and its options."""
-    steps_itself = isinstance(cls, type) and issubclass(cls, Optimizer)
-    if not steps_itself or {"model", "optimizer_dict"} & options.keys():
-        raise ValueError(
-            f"salsa_head_first={number} is not allowed with {cls.__name__}, which does not step as "
-            "torch's optimizers do. Leave it out, or choose another optimizer."
-        )
-    return head_first_class(cls), {**options, "head_first": number}
 
 
 class SaLSaTrainer(SaLSaTrainerMixin, Trainer):
