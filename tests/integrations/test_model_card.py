@@ -98,7 +98,8 @@ as long as the step size moved, and up to 10 steps apart where it had come to re
 
 - optimizer: SaLSaAdam with c=0.3, beta3=0.99, steps_to_double=500, backtrack_factor=0.9, \
 initial_step_size=1.0, max_search_interval=10, betas=(0.9, 0.999), eps=1e-08, \
-weight_decay=0.01, direction=gradient, require_decrease=False, max_trials=30, cool_down=0.0
+weight_decay=0.01, direction=gradient, require_decrease=False, max_trials=30, cool_down=0.0, \
+head_first=0
 - train_batch_size (per device): 4
 - gradient_accumulation_steps: 2
 - processes: 1

@@ -15,7 +15,7 @@ from hf_salsa import SaLSaTrainer, SaLSaTrainerMixin, SaLSaTrainingArguments, tr
 
 STEPS = 5
 # What a trainer of ours has besides.
-OURS = {"_objective", "_run"}
+OURS = {"_objective", "_run", "_head"}
 
 
 def optimizer_of(case, model, step_sizes, replay):

@@ -12,6 +12,7 @@ What does not apply, and why:
 """
 
 import copy
+import gc
 import io
 import pickle
 from dataclasses import dataclass
@@ -385,3 +386,5 @@ def test_a_state_with_the_name_of_a_setting_is_refused(case):
             TypeError, match=f"'{name}' is a setting and a name of the state of Own"
         ):
             own(parameters())
+        del own, rule, state
+        gc.collect()  # else checkpoints may be taken for those of this class

@@ -51,7 +51,10 @@ RANGES = {
     "eps": ("a finite number above 0", [1e-30, 1], [0, -1e-8]),
     "momentum": ("in [0, 1)", [0, 0.0, 0.99], [1, 1.0, -0.9]),
     "weight_decay": ("a finite number, at least 0", [0, 0.0, 10], [-0.01]),
+    "head_first": ("a whole number of updates, at least 0", [0, 1, 10**6], [-1, 10.0]),
+    "head": ("True or False", [True, False], [0, 1, "True", None, 1.0, math.nan]),
 }
+NO_NUMBER = ("direction", "require_decrease", "head")
 NO_NUMBERS = [True, False, math.nan, "0.5", None, [0.5], 1j]
 NOT_FINITE = [math.inf, -math.inf]
 
@@ -61,7 +64,7 @@ every_range = pytest.mark.parametrize("name", [name for name in SETTINGS if name
 
 def refused(name):
     _, _, outside = RANGES[name]
-    if name in ("direction", "require_decrease"):
+    if name in NO_NUMBER:
         return outside
     return outside + NO_NUMBERS + (NOT_FINITE if name != "confidence" else [])
 
@@ -97,7 +100,7 @@ def test_the_words_of_a_setting_fit_where_they_are_used(name):
     """The meaning stands in `--help`, the range after "it must be" and before a full stop."""
     setting = SETTINGS[name]
     assert not setting.meaning.endswith(".")
-    assert setting.allowed[0].islower() or name in ("direction", "require_decrease")
+    assert setting.allowed[0].islower() or name in NO_NUMBER
     assert not setting.allowed.endswith(".")
 
 
