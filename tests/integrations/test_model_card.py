@@ -260,6 +260,7 @@ def test_data_sets_are_named(write):
     assert ModelCard(write()).data.eval_results[0].dataset_name == "unknown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("builder", "split", "tag"),
     [("imdb", "test", "imdb"), ("imdb", None, "imdb"), ("csv", "test", None), (None, None, None)],

@@ -43,6 +43,7 @@ def test_tags_are_kept(write, front_matter, kept, encoding):
     assert [path.name for path in write.folder.iterdir()] == ["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

@@ -13,6 +13,8 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_salsa import SaLSaTrainer, SaLSaTrainerMixin, SaLSaTrainingArguments, traces
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 # What a trainer of ours has besides.
 OURS = {"_objective", "_run", "_head"}

@@ -100,6 +100,7 @@ def make(folders, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_encoder_replay_is_exact_and_silent(make, case):
     check_replay(make, case)

@@ -52,6 +52,7 @@ from hf_salsa.trainer import StepSizeReadout
 every_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS)
 STOCK = {"optim": "adamw_torch", "kind": Trainer}
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:A line search failed"),  # at the bottom, and not the matter
 ]
 

@@ -35,7 +35,10 @@ every_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS)
 each_model = pytest.mark.parametrize(
     "model", [Line, pytest.param(PlainLine, marks=pytest.mark.slow)]
 )
-pytestmark = pytest.mark.filterwarnings("ignore:A line search failed")  # not the matter here
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:A line search failed"),  # not the matter here
+]
 SAVED = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
 
 

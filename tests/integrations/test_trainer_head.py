@@ -78,6 +78,7 @@ def optimizer_of(trainer):
     return trainer.optimizer.optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", [*OPTIMIZERS, *STOCK])
 def test_the_first_updates_move_the_head_alone(arguments, bert, sentences, optim, caplog):
     args = arguments(optim=optim, salsa_head_first=3, max_steps=40, logging_steps=1)
@@ -279,6 +280,7 @@ def test_set_ups_in_which_the_phase_comes_out_wrong(arguments, bert):
         SaLSaTrainer(bert(), args, train_dataset=[])
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_the_user_s_is_left_alone(arguments, bert, sentences):
     args = arguments(salsa_head_first=3, max_steps=40)
     model = bert()
@@ -292,6 +294,7 @@ def test_an_optimizer_of_the_user_s_is_left_alone(arguments, bert, sentences):
     assert optimizer.param_groups[0]["head_steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_class_of_the_user_s_is_made_here(arguments, bert, sentences):
     for options, steps in (({"head_first": 3}, 3), ({}, 0)):
         trainer = SaLSaTrainer(
@@ -304,6 +307,7 @@ def test_a_class_of_the_user_s_is_made_here(arguments, bert, sentences):
         assert optimizer_of(trainer).param_groups[0]["head_steps"] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["salsa_adam", "adamw_torch"])
 def test_a_model_that_model_init_makes(arguments, bert, sentences, optim):
     args = arguments(optim=optim, salsa_head_first=3, max_steps=40)
@@ -324,6 +328,7 @@ class SpoiltBody(SaLSaTrainer):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("optim", ["salsa_adam", "adamw_torch"])
 def test_the_body_has_no_part_in_norm_and_clipping(

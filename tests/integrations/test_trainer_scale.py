@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from hf_salsa import SaLSaAdam, SaLSaSGD, SaLSaTrainer
 from hf_salsa.optimizers.scale import NOT_A_SUM, NOT_KNOWN, SUM
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 28  # three updates of 8 and one of 4
 
 

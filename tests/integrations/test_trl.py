@@ -40,7 +40,10 @@ from trl import (
 
 from hf_salsa import SaLSaArgumentsMixin, SaLSaTrainerMixin
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+]
 
 
 class SaLSaSFTTrainer(SaLSaTrainerMixin, SFTTrainer):

@@ -58,6 +58,7 @@ def spoiled_step(optimizer, params, batch, what, value):
     return optimizer.step(closure, loss=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(
     "what", ["loss", "loss and trials", "trials", "scale", "one gradient", "all gradients"]

@@ -24,6 +24,7 @@ from hf_salsa import SaLSaAdam
 from hf_salsa.optimizers import base
 
 
+@pytest.mark.slow
 @every_optimizer
 @both_directions
 @failures_expected

@@ -13,6 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_salsa import OPTIMIZERS, SaLSaAdam
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(Path(compare.__file__).parent / "benchmarks"))  # they are run from there
 import_time, measuring, put_back, step, train, workloads = map(
     importlib.import_module,

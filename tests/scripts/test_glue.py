@@ -75,6 +75,7 @@ def test_glue_on_embedded_data(glue):
     assert right / 16 == metrics["eval_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_FILES)
 def test_glue_task(glue, tmp_path, bert_folder, task):
     write_glue(tmp_path, task)

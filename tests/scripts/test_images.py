@@ -24,6 +24,8 @@ from transformers import (
 
 from hf_salsa import SaLSaAdam
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--max_train_samples", "48", "--max_eval_samples", "40"]
 FLAGS += ["--per_device_train_batch_size", "8"]
 

@@ -29,6 +29,8 @@ from transformers import (
 
 from hf_salsa import OPTIMIZERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # 44 examples in batches of 8: the last batch of an epoch, and the last update, are smaller.
 FLAGS = {
