@@ -58,7 +58,7 @@ class LineSearchOptimizer(Direction, Evaluating):
     Args:
         params: Parameters or parameter groups. A group may have its own values of `options`, but
             not of `direction` and `head_first`; all groups share one step size. A group with
-            `"head": True` is the new head of `head_first` (`hf_salsa.head.head_groups` makes it).
+            `"head": True` is the new head of `head_first` (`hf_salsa.head_groups` makes it).
         total_steps: Steps of the run, at least 1. None (default): not known, `plan()` will say.
         settings: By keyword: the settings of the rule, and `options` of the direction.
 

@@ -131,7 +131,7 @@ class SaLSaSGD(LineSearchSGD):
             factor that falls linearly from 1 to 0. Searches go on at the full step size. 0, the
             paper's method, applies it as it is.
         head_first: Updates at the start, at least 0, that train the new head alone: the groups
-            with `"head": True` (`hf_salsa.head.head_groups`); at most a tenth of the run.
+            with `"head": True` (`hf_salsa.head_groups`); at most a tenth of the run.
         total_steps: Steps of the run, at least 1, for `cool_down`; `SaLSaTrainer` knows them. None
             (default): not known, `plan()` will say.
 
