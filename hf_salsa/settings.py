@@ -57,20 +57,26 @@ SETTINGS = {
         "a finite number of steps, at least 1",
         lambda x: 1 <= x < math.inf,
     ),
-    "steps_to_double_fast": Setting(
-        "The same while mini-batches agree",
-        "a finite number of steps, at least 1",
-        lambda x: 1 <= x < math.inf,
-    ),
-    "confidence": Setting(
-        "Standard errors by which mini-batches must agree for fast growth",
-        "a number of standard errors (2 works well)",
-        lambda x: not math.isnan(x),
-    ),
     "first_share": Setting(
         "Share of the first step size found at which training starts",
         "a number in (0, 1]",
         lambda x: 0 < x <= 1,
+    ),
+    "trust": Setting(
+        "Change of the loss, beside what its gradient foresees, that a step may make, as a share "
+        "of the loss at the start",
+        "a finite number above 0 (0.01 works well)",
+        lambda x: 0 < x < math.inf,
+    ),
+    "reach": Setting(
+        "Largest step size as a share of the one that minimises the loss's parabola",
+        "a finite number above 0",
+        lambda x: 0 < x < math.inf,
+    ),
+    "reach_after_head": Setting(
+        "The same where a new head was trained alone before",
+        "a finite number above 0",
+        lambda x: 0 < x < math.inf,
     ),
     "backtrack_factor": Setting(
         "By what a rejected step size shrinks",

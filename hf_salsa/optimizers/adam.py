@@ -255,48 +255,46 @@ class SLSAdam(SaLSaAdam):
 
 
 class SaLSaAdamPlus(LineSearchAdam):
-    r"""Adam without a learning rate: a fast, guarded start, one trial per search, a cool-down.
+    r"""Adam without a learning rate: a new head first, a trust region in function space, a tail.
 
     Not the paper's method, but what came out of it when one setting had to serve fine-tuning and
-    training from scratch (README, "salsa_adam_plus"). With the symbols of `SaLSaAdam`:
+    training from scratch. With the symbols of `SaLSaAdam`, u the last step, f and g loss and
+    gradient of the next mini-batch, which this step has not seen:
 
-        tested:     d_k = -mhat_k / (sqrt(vhat_k) + eps),  slope_k = <g_k, -d_k>
-        agreement:  a_k = <g_k, p_k>,  p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat_k) + eps)
-        start:      eta = `first_share` of the largest 2^-j with f_k(w_k) - f_k(w_k + eta d_k) >=
-                    c eta slope_k on the first mini-batch
-        growth:     eta_{k-1} 2^(n/b): b = `steps_to_double_fast` as long as the average of a_k is
-                    above 0 by more than `confidence` standard errors: new mini-batches still want
-                    more of the steps that were taken. Else, and for good once that warm-up is over
-                    (no such agreement after 10 searches or more), b = `steps_to_double`, as in the
-                    paper.
-        bound:      one trial at that step size measures slope and curvature, s and kappa are their
-                    averages (beta3), eta <= 2 (1 - c) s / kappa: Armijo's criterion, Eq. 6, on the
-                    parabola
-        step:       as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run
+        head:    the first `head_first` updates train a new head alone, by a line search of its own
+        start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
+                 0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps)
+        search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
+        shrink:  where D > B = `trust` * (mean loss of the first ten searches), by
+                 (B / D)^(steps since the last search / 10), at most by half
+        grow:    else, at most twofold within `steps_to_double` steps, below `reach` (or
+                 `reach_after_head`) * s / kappa; s and kappa are averages of <g, -d> and of
+                 2 D / eta^2
+        step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
+                 where it no longer grows
 
-    The warm-up searches at every step. After it searches are 1 + (searches so far) / 8 steps apart,
-    at most `max_search_interval`.
+    A run whose loss leaves the range in which it started halves its step size until it is back.
+    Searches are at every step in the beginning and ever fewer later. It keeps one more copy of the
+    trainable weights, those before the last step.
 
     Clip the gradients: without it training from scratch may fail. `SaLSaTrainer` clips them at a
-    norm of 1; a loop of one's own does it as below.
+    norm of 1; a loop of one's own does it as below. The loss must not be negative.
 
     Args:
-        params: As in `SaLSaAdam`. beta1 must be above 0.
-        c: Share of the first-order decrease that must be reached, in (0, 1).
-        beta3: Smoothing of slope, curvature and agreement, in [0, 1).
-        steps_to_double: b, training steps in which the step size may double, at least 1.
-        steps_to_double_fast: The same while mini-batches agree, at least 1.
-        confidence: Standard errors, by which the agreement must be above 0 for fast growth.
+        params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
-        backtrack_factor: By which the step size shrinks in the first search, and at most in each
-            later one, in (0, 1).
-        initial_step_size: Where the first search starts, above 0.
+        trust: B as a share of the loss at the start, above 0.
+        reach: Largest step size as a share of the one that minimises the averaged parabola, s /
+            kappa, above 0.
+        reach_after_head: The same where a new head was trained first.
+        steps_to_double: Steps in which the step size may double, at least 1.
+        initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.
-        direction: `"momentum"` tests d_k as above, `"gradient"` the direction of `SaLSaAdam`.
-        betas: beta1 in (0, 1) and beta2 in [0, 1).
+        direction: `"momentum"` takes the slope along d as above, `"gradient"` along the direction
+            of `SaLSaAdam`.
+        betas: beta1 and beta2, each in [0, 1).
         eps: Added to the denominator, above 0.
-        weight_decay: Decoupled weight decay (AdamW's), at least 0. Not part of the tested step.
-        max_trials: Most forward passes of one search, at least 1.
+        weight_decay: Decoupled weight decay (AdamW's), at least 0. Part of u.
         cool_down: Share of the run, in [0, 1], over which at its end the step size falls to 0.
         head_first: Updates at the start, at least 0, that train the new head alone: the groups
             with `"head": True` (`hf_salsa.head_groups`); at most a tenth of the run.
@@ -305,6 +303,7 @@ class SaLSaAdamPlus(LineSearchAdam):
 
     Raises:
         ValueError: An argument is out of range; the message has the range.
+        RuntimeError: In a step: the loss is negative.
 
     Example:
         >>> optimizer = SaLSaAdamPlus(model.parameters(), total_steps=len(loader))
@@ -324,29 +323,18 @@ class SaLSaAdamPlus(LineSearchAdam):
         self,
         params: ParamsT,
         *,
-        c: float = Plus.c,
-        beta3: float = Plus.beta3,
+        first_share: float = Plus.first_share,
+        trust: float = Plus.trust,
+        reach: float = Plus.reach,
+        reach_after_head: float = Plus.reach_after_head,
         steps_to_double: float = Plus.steps_to_double,
-        steps_to_double_fast: float = Plus.steps_to_double_fast,
-        confidence: float = Plus.confidence,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        first_share: float = Plus.first_share,
-        backtrack_factor: float = Plus.backtrack_factor,
         initial_step_size: float = Plus.initial_step_size,
         max_search_interval: int = Plus.max_search_interval,
         direction: str = "momentum",
         weight_decay: float = 0.0,
-        max_trials: int = Plus.max_trials,
         cool_down: float = Plus.cool_down,
-        head_first: int = 0,
+        head_first: int = 10,
         total_steps: int | None = None,
     ) -> None: ...
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Refuse beta1 = 0."""
-        if group["betas"][0] == 0:
-            raise ValueError(
-                f"betas={group['betas']!r} is not allowed: {type(self).__name__} compares each "
-                "gradient with those before it, so beta1 must be above 0 (0.9 works well)."
-            )

@@ -340,7 +340,16 @@ class LineSearchOptimizer(Direction, Evaluating):
         state, run = self._carried_over(closure, state, run, measure)
         with TrialPoints(chunks, self.direction) as points:
             line = evaluate.line(
-                points, self._measure, self.rule, state, loss=float(loss), epsilon=epsilon
+                points,
+                self._measure,
+                self.rule,
+                state,
+                loss=float(loss),
+                epsilon=epsilon,
+                last_factor=self._factor(run),
+                step=run.steps - run.run_start,
+                total_steps=run.run_steps,
+                after_head=run.head_steps > 0,
             )
             precise = not any(c.params[0].dtype in LOW_PRECISION for c in chunks)
             exact = not run.reevaluate_loss
@@ -484,5 +493,8 @@ class LineSearchOptimizer(Direction, Evaluating):
             return run.head_applied
         if run.steps and not state.step_size_known:
             return 0.0  # only the moments move
-        latest = max(0, run.steps - 1 - run.run_start)
-        return float(state.step_size * self.rule.factor(latest, run.run_steps))
+        return float(state.step_size * self._factor(run))
+
+    def _factor(self, run: RunState) -> float:
+        """Return the factor of the tail in the latest step."""
+        return self.rule.factor(max(0, run.steps - 1 - run.run_start), run.run_steps)

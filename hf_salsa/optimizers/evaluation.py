@@ -156,6 +156,7 @@ class Evaluation:
         *,
         loss: float,
         epsilon: float,
+        **of_run: Any,
     ) -> Line:
         """Return what the rule may know, with the first trial point written already.
 
@@ -166,6 +167,7 @@ class Evaluation:
             state: Its state.
             loss: f_k(w_k).
             epsilon: Relative spacing of its numbers.
+            of_run: What `Line` says of the run, by name.
         """
         clip_factor = float(self._objective.clip_factor) if self._objective else 1.0
 
@@ -187,6 +189,7 @@ class Evaluation:
             slope=unclipped(slope),
             resolution=epsilon * abs(loss),
             agreement=unclipped(agreement[0]) if agreement else 0.0,
+            **of_run,
         )
         return replace(line, look_back=look_back) if rule.looks_back else line
 

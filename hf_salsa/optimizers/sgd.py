@@ -197,23 +197,22 @@ class SLSSGD(SaLSaSGD):
 
 
 class SaLSaSGDPlus(LineSearchSGD):
-    r"""SGD without a learning rate: a fast, guarded start, one trial per search, a cool-down.
+    r"""SGD without a learning rate: a new head first, a trust region in function space, a tail.
 
-    `SaLSaAdamPlus` on SGD with momentum, u_k = momentum u_{k-1} + g_k: tested is d_k = -u_k, the
-    agreement is <g_k, momentum u_{k-1}>.
+    `SaLSaAdamPlus` on SGD with momentum, u_k = momentum u_{k-1} + g_k, d_k = -u_k.
 
     Args:
         params: As in `SaLSaSGD`.
-        momentum: Heavy-ball momentum, in (0, 1).
+        momentum: Heavy-ball momentum, in [0, 1).
         weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
-            least 0. Not part of the tested step.
-        c, beta3, steps_to_double, steps_to_double_fast, confidence, first_share, backtrack_factor,
-            initial_step_size, max_search_interval, direction, max_trials, cool_down, head_first,
-            total_steps:
-            as in `SaLSaAdamPlus`.
+            least 0. Part of the last step.
+        first_share, trust, reach, reach_after_head, steps_to_double, initial_step_size,
+            max_search_interval, direction, cool_down, head_first, total_steps: as in
+            `SaLSaAdamPlus`.
 
     Raises:
         ValueError: An argument is out of range; the message has the range.
+        RuntimeError: In a step: the loss is negative.
     """
 
     rule_type: ClassVar[type[StepSizeRule[Any]]] = Plus
@@ -223,28 +222,17 @@ class SaLSaSGDPlus(LineSearchSGD):
         self,
         params: ParamsT,
         *,
-        c: float = Plus.c,
-        beta3: float = Plus.beta3,
-        steps_to_double: float = Plus.steps_to_double,
-        steps_to_double_fast: float = Plus.steps_to_double_fast,
-        confidence: float = Plus.confidence,
-        momentum: float = 0.9,
         first_share: float = Plus.first_share,
-        backtrack_factor: float = Plus.backtrack_factor,
+        trust: float = Plus.trust,
+        reach: float = Plus.reach,
+        reach_after_head: float = Plus.reach_after_head,
+        steps_to_double: float = Plus.steps_to_double,
+        momentum: float = 0.9,
         initial_step_size: float = Plus.initial_step_size,
         max_search_interval: int = Plus.max_search_interval,
         direction: str = "momentum",
         weight_decay: float = 0.0,
-        max_trials: int = Plus.max_trials,
         cool_down: float = Plus.cool_down,
-        head_first: int = 0,
+        head_first: int = 10,
         total_steps: int | None = None,
     ) -> None: ...
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Refuse momentum 0."""
-        if group["momentum"] == 0:
-            raise ValueError(
-                f"momentum={group['momentum']!r} is not allowed: {type(self).__name__} compares "
-                "each gradient with those before it, so momentum must be above 0 (0.9 works well)."
-            )

@@ -144,6 +144,12 @@ def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
 
 def refuse_another_kind(optimizer: type[Any], group: dict[str, Any], base: type[Any]) -> None:
     """Raise a `ValueError` if another subclass of `base` wrote a saved parameter group."""
+    if optimizer.rule_type.state_type.is_former(group):
+        raise ValueError(
+            f"This checkpoint was written by a former version of the rule of {optimizer.__name__}, "
+            "which knew other things. Start the run anew, or resume it with the version of "
+            "hf_salsa that wrote it."
+        )
     writer = written_by(group, base)
     if writer is None or fit(optimizer, group) < fit(writer, group):
         name = writer.__name__ if writer else "another kind of optimizer"

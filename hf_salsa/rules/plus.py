@@ -1,19 +1,28 @@
-"""The rule of the plus optimizers: a fast, guarded start, one trial per search, a cool-down.
+"""The rule of the plus optimizers: a trust region in function space.
 
 Not the paper's method, but what came out of it when one setting had to serve fine-tuning and
 training from scratch.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from .rule import Line, Outcome, RuleState, SearchRecord, StepSizeRule, grown, moving_average
-from .salsa import SaLSa, SaLSaState
+from .rule import Line, Outcome, RuleState, SearchRecord, StepSizeRule, moving_average
 
-_FEWEST_SAMPLES = 3  # of which a standard error is worth something
-_SAMPLES_OF_AN_AVERAGE = 10  # before that, a lack of agreement may be chance
-_SEARCHES_PER_INTERVAL = 8  # so many before the interval grows by a step
+_BETA = 0.7  # of all averages: searches are few, and a step size that is gone must not count long
+_C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
+_STRIDE = 8  # by which the first search shrinks or grows the step size, before it bisects
+_BISECTIONS = 2
+_MOST_TRIALS = 30  # of the first search
+_FIRST = 10  # searches whose losses are the scale of the loss
+_SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
+_STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
+_RESOLVED = 10  # times the loss's resolution: a change of that size shows
+_OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
+_DENSE = 9  # searches in the beginning, before they grow rare
+_RUN = 450  # steps; a shorter run has a share of them
 
 
 @dataclass(frozen=True)
@@ -21,196 +30,247 @@ class PlusState(RuleState):
     """What `Plus` hands to the next step besides. All averages start at 0.
 
     Attributes:
+        rule_version: Of this rule; a checkpoint of another one is refused.
+        first_losses: Sum of the losses of the first ten searches.
+        first_squares: The same of their squares.
+        loss: Smoothed loss.
+        change: Smoothed D.
         s: Smoothed slope.
-        curvature: Smoothed curvature of the loss along the tested direction.
-        agreement: Smoothed <g_k, p_k>; p_k is what earlier gradients put into the direction.
-        agreement_square: The same of its square.
-        samples: How many searches these averages have seen.
-        warm_up_over: The step size no longer grows fast.
+        curvature: Smoothed 2 D / eta^2.
+        samples: How many searches `change`, `s` and `curvature` have seen.
+        started_at: The step of the run at which the first step size was found.
     """
 
     units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
+        "first_losses": (1, 0),
+        "first_squares": (2, 0),
+        "loss": (1, 0),
+        "change": (1, 0),
         "s": (1, -1),
         "curvature": (1, -2),
-        "agreement": (1, -1),
-        "agreement_square": (2, -2),
     }
 
+    rule_version: int = 2
+    first_losses: float = 0.0
+    first_squares: float = 0.0
+    loss: float = 0.0
+    change: float = 0.0
     s: float = 0.0
     curvature: float = 0.0
-    agreement: float = 0.0
-    agreement_square: float = 0.0
     samples: int = 0
-    warm_up_over: bool = False
+    started_at: int = 0
+
+    @classmethod
+    def is_former(cls, saved: Mapping[str, Any]) -> bool:
+        """Return whether a former version of the rule wrote this."""
+        return "warm_up_over" in saved or saved.get("rule_version", 2) != cls.rule_version
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plus(StepSizeRule[PlusState]):
-    """One trial per search measures slope and curvature; Armijo's criterion on their parabola.
+    """A search looks back at the last step, with a mini-batch that this step has not seen.
 
-    The first search backtracks from `initial_step_size` to the largest step size with f_k(w_k) -
-    f_k(w_k + eta d_k) >= c eta slope_k; training starts at `first_share` of it. After that, with
-    beta = beta3, n the steps since the last search and averages free of the bias of their start:
+    With u the last step, f and g those of the next mini-batch, one forward pass gives
 
-        eta = eta_{k-1} 2^(n/b): b = steps_to_double_fast during the warm-up, if the agreement is
-              above 0 by more than `confidence` standard errors; else steps_to_double
-        s_k = beta s_{k-1} + (1 - beta) slope
-        kappa_k = beta kappa_{k-1} + (1 - beta) 2 (slope - decrease(eta) / eta) / eta
-        eta_k = min(eta, max(2 (1 - c) s_k / kappa_k, delta eta_{k-1}))
+        D = f(w - u) - f(w) + <g, u>
 
-    A sample of the curvature counts as at most 4 max(|slope|, s_k) / eta, and a trial that is not
-    finite is repeated at delta of its step size. 2 (1 - c) s / kappa is the largest step size that
-    satisfies Eq. 6 on the parabola with slope s and curvature kappa. In contrast to an average of
-    decreases it does not lag behind a step size that moves.
+    the part of the loss's change that the gradient did not foresee. n are the steps since the last
+    search; averages are exponential (0.7); in the tail D is divided by the square of the tail's
+    factor.
 
-    The warm-up searches at every step and is over for good when, after 10 searches or more, the
-    agreement is no longer certain: later it is noise around 0, which in a long run would now and
-    then pass for agreement. From then on searches are 1 + (searches so far) / 8 steps apart, at
-    most `max_search_interval`.
+        first       training starts at `first_share` of the largest step size that the first
+                    mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
+        D > B       eta shrinks by (B / D)^(n / 10), at most by half, and the average of D by the
+                    square of that; B is `trust` times the mean loss of the first ten searches
+        D <= B      eta grows by 2^(n / steps_to_double), at most by (B / D)^(n / 10) and by 2, as
+                    long as it stays below `reach` * s / kappa; s and kappa are averages of the
+                    slope and of 2 D / eta^2, and s / kappa is where the parabola has its minimum
+        loss        it does not grow while the average of the loss is above the mean of the first
+                    ten, and halves while it is above that by more than two standard deviations
+        tail        it does not grow
+
+    After a new head was trained alone, `reach_after_head` is in the place of `reach`: a trained
+    body is ruined by steps that new weights need.
+
+    Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
+    than 450 steps have their share of the 9.
+
+    The loss must not be negative: its size at the start is what a change is measured by.
 
     Args:
-        c: Share of the first-order decrease that must be reached, in (0, 1).
-        beta3: beta, smoothing of slope, curvature and agreement, in [0, 1).
-        steps_to_double: b, training steps in which the step size may double, at least 1.
-        steps_to_double_fast: The same while mini-batches agree, at least 1.
-        confidence: Standard errors, by which the agreement must be above 0 for fast growth.
         first_share: Share of the first step size found at which training starts, in (0, 1].
-        backtrack_factor: delta, by which the step size shrinks in the first search, and at most in
-            each later one, in (0, 1).
+        trust: Change of the loss that a step may make beside what the gradient foresees, as a
+            share of the loss at the start, above 0.
+        reach: Share, above 0, of the step size that minimises the parabola.
+        reach_after_head: The same where a new head was trained alone before.
+        steps_to_double: Steps in which the step size may double, at least 1.
         max_search_interval: Most steps between two searches, at least 1.
-        max_trials: Most forward passes of one search, at least 1.
-        initial_step_size: Where the first search starts, above 0.
+        initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         cool_down: As in `StepSizeRule`.
+
+    Raises:
+        ValueError: A setting is out of range.
+        RuntimeError: In one of the first ten searches: the loss is negative.
     """
 
     state_type: ClassVar[type[RuleState]] = PlusState
-    wants_agreement: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
 
-    c: float = 0.4
-    beta3: float = 0.9
-    steps_to_double: float = 500
-    steps_to_double_fast: float = 12
-    confidence: float = 2.0
-    first_share: float = 0.1
-    backtrack_factor: float = 0.5
-    max_search_interval: int = 10
-    max_trials: int = 30
+    first_share: float = 0.3
+    trust: float = 0.01
+    reach: float = 0.8
+    reach_after_head: float = 0.25
+    steps_to_double: float = 8
+    max_search_interval: int = 20
+    initial_step_size: float = 2**-7
     cool_down: float = 0.6
 
-    def first_trial(self, state: PlusState) -> float:
-        """Return eta_{k-1} * 2^(n/b), without the fast growth."""
-        return grown(state, self.steps_to_double)
-
     def search(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
-        """Find the step size from one trial: no backtracking, but for the first search."""
+        """Look back once, and move the step size; or find the first one."""
+        if line.loss < 0 and state.samples + 1 < _FIRST:
+            raise RuntimeError(
+                f"The loss is {line.loss:.6g}, but the plus optimizers need one that is not "
+                "negative: they measure changes by the size of the loss at the start. Add a "
+                "constant to it, or use another line search (optim='salsa_adam')."
+            )
         if not state.step_size_known:
             return self._start(state, line)
-        seen = self._observe(state, line)
-        trial = self._trial(state, seen)
-        steepest = max(abs(line.slope), seen.s / (1 - self.beta3**seen.samples))
-        trial_loss, trials = math.nan, 0
-        outcome: Outcome = "unresolved"
-        if trial * steepest > line.resolution:
-            trial_loss, trials = line.loss_at(trial), 1
-            while not math.isfinite(trial_loss) and trials < self.max_trials:
-                trial *= self.backtrack_factor
-                trial_loss, trials = line.loss_at(trial), trials + 1
-            outcome = "accepted" if math.isfinite(trial_loss) else "trials"
-        if outcome == "accepted":
-            # One bad mini-batch, or one step into a wall, must not decide for long.
-            sample = 2 * (line.slope - (line.loss - trial_loss) / trial)
-            curvature = min(sample, 4 * steepest) / trial
-            seen = replace(seen, curvature=moving_average(state.curvature, curvature, self.beta3))
-            largest = max(self._bound(seen), self.backtrack_factor * state.step_size)
-            searched = seen.accepted(
-                step_size=min(trial, largest), search_interval=self._interval(seen)
+        seen = state
+        if state.samples + 1 < _FIRST:
+            seen = replace(
+                state,
+                first_losses=state.first_losses + line.loss,
+                first_squares=state.first_squares + line.loss * line.loss,
             )
-        else:
-            searched = state.failed()
-        record = SearchRecord.of(
-            line, searched, trial_loss=trial_loss, trials=trials, outcome=outcome
-        )
-        return record, searched
+        bound = self.trust * seen.first_losses / min(state.samples + 2, _FIRST)
+        shown = bound * line.last_factor**2 >= _RESOLVED * line.resolution
+        loss_before, slope_before = line.look_back() if shown else (math.nan, 0.0)
+        stood_still = slope_before == 0 and loss_before == line.loss
+        if not shown or stood_still:  # nothing to learn from: the next search may tell
+            searched = state.accepted(search_interval=self._interval(state, line))
+            return self._record(line, searched, loss_before, trials=int(shown)), searched
 
-    def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
-        """Take the first step size from a search on one mini-batch, and nothing else of it."""
-        armijo = SaLSa(
-            c=self.c,
-            beta3=self.beta3,  # without a past it decides nothing
-            steps_to_double=self.steps_to_double,
-            backtrack_factor=self.backtrack_factor,
-            max_trials=self.max_trials,
-        )
-        fresh = SaLSaState(state.step_size, steps_since_search=state.steps_since_search)
-        record, _ = armijo.search(fresh, line)
-        if not record.accepted:
-            return replace(record, interval=state.search_interval), state.failed()
-        started = state.accepted(step_size=self.first_share * record.step_size)
-        return replace(
-            record, step_size=started.step_size, interval=started.search_interval
-        ), started
-
-    def _observe(self, state: PlusState, line: Line) -> PlusState:
-        """Return the state with the averages of slope and agreement moved on."""
-        beta = self.beta3
+        change = loss_before - line.loss + slope_before  # D
+        if not math.isfinite(change):
+            change = math.inf
+        change = min(change / line.last_factor**2, _SAMPLE_LIMIT * bound)
+        curvature = 2 * change / state.step_size / state.step_size
         seen = replace(
-            state,
-            s=moving_average(state.s, line.slope, beta),
-            agreement=moving_average(state.agreement, line.agreement, beta),
-            agreement_square=moving_average(
-                state.agreement_square, line.agreement * line.agreement, beta
-            ),
+            seen,
+            loss=moving_average(state.loss, line.loss, _BETA),
+            change=moving_average(state.change, change, _BETA),
+            s=moving_average(state.s, line.slope, _BETA),
+            curvature=moving_average(state.curvature, curvature, _BETA),
             samples=state.samples + 1,
         )
-        over = seen.samples >= _SAMPLES_OF_AN_AVERAGE and not self._agrees(seen)
-        return replace(seen, warm_up_over=state.warm_up_over or over)
+        seen = self._moved(seen, line, bound)
+        searched = seen.accepted(search_interval=self._interval(seen, line))
+        return self._record(line, searched, loss_before, trials=1), searched
 
-    def _trial(self, state: PlusState, seen: PlusState) -> float:
-        fast = self._agrees(seen) and not seen.warm_up_over
-        return grown(state, self.steps_to_double_fast if fast else self.steps_to_double)
+    def _moved(self, state: PlusState, line: Line, bound: float) -> PlusState:
+        """Return the state with the step size moved as its averages want it."""
+        steps = state.steps_since_search + 1
+        weight = 1 - _BETA**state.samples
+        change, loss = state.change / weight, state.loss / weight
+        mean, deviation = self._start_of_run(state)
+        if change > bound or loss > mean + _OUT_OF_RANGE * deviation:
+            shrinkage = (bound / change) ** (steps / _STEPS_TO_RETURN) if change > bound else 0.0
+            shrinkage = max(0.5, shrinkage)
+            # Else the average would go on shrinking what no longer makes such changes.
+            return replace(
+                state,
+                step_size=state.step_size * shrinkage,
+                change=state.change * shrinkage**2,
+            )
+        if line.last_factor < 1 or loss > mean:
+            return state
+        growth = 2 ** min(1.0, steps / self.steps_to_double)
+        if change > 0:
+            # In logarithms: a change may be so small that the power overflows.
+            room = math.log(bound) - math.log(change)
+            growth = min(growth, math.exp(min(room * steps / _STEPS_TO_RETURN, 1.0)))
+        step_size = min(state.step_size * growth, self._reach(state, line))
+        return replace(state, step_size=max(state.step_size, step_size))
 
-    def _agrees(self, state: PlusState) -> bool:
-        """Return whether the agreement is above 0 by more than `confidence` standard errors."""
-        if state.samples < _FEWEST_SAMPLES:
-            return False
-        weight = 1 - self.beta3**state.samples
-        mean = state.agreement / weight
-        variance = max(0.0, state.agreement_square / weight - mean * mean)
-        # So many samples of equal weight have the variance of an exponential average.
-        count = min(state.samples, (1 + self.beta3) / (1 - self.beta3))
-        return mean > self.confidence * math.sqrt(variance / count)
-
-    def _bound(self, state: PlusState) -> float:
-        """Return the largest eta with eta s - eta^2 kappa / 2 >= c eta s, 0 if the loss rises."""
+    def _reach(self, state: PlusState, line: Line) -> float:
+        """Return the largest step size to which the averaged parabola lets it grow."""
         if state.s <= 0:
             return 0.0
-        return 2 * (1 - self.c) * state.s / state.curvature if state.curvature > 0 else math.inf
+        if state.curvature <= 0:
+            return math.inf
+        reach = self.reach_after_head if line.after_head else self.reach
+        return reach * state.s / state.curvature
 
-    def _interval(self, state: PlusState) -> int:
-        if not state.warm_up_over:
-            return 1
-        return min(1 + state.samples // _SEARCHES_PER_INTERVAL, self.max_search_interval)
+    @staticmethod
+    def _start_of_run(state: PlusState) -> tuple[float, float]:
+        """Return mean and standard deviation of the losses of the first searches.
+
+        Of fewer than ten the deviation says too little: it is infinite then.
+        """
+        count = min(state.samples + 1, _FIRST)
+        mean = state.first_losses / count
+        if count < _FIRST:
+            return mean, math.inf
+        return mean, math.sqrt(max(0.0, state.first_squares / count - mean * mean))
+
+    def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
+        """Find the largest step size that Armijo's criterion accepts, up to a factor of 1.7."""
+        step_size, trial_loss, trials = state.step_size, math.nan, 0
+        accepted, rejected, bisections = 0.0, math.inf, 0
+        outcome: Outcome = "slope" if line.slope <= 0 else "accepted"
+        while outcome == "accepted" and bisections < _BISECTIONS:
+            if step_size * line.slope < line.resolution:
+                outcome = "unresolved"
+                break
+            if trials == _MOST_TRIALS:
+                outcome = "accepted" if accepted else "trials"
+                break
+            trial_loss, trials = line.loss_at(step_size), trials + 1
+            bisections += bool(accepted) and rejected < math.inf
+            decrease = line.loss - trial_loss
+            if math.isfinite(decrease) and decrease >= _C * step_size * line.slope:
+                accepted = step_size
+            else:
+                rejected = step_size
+            if accepted and rejected < math.inf:
+                step_size = math.sqrt(accepted * rejected)
+            else:
+                step_size *= _STRIDE if accepted else 1 / _STRIDE
+        if outcome == "accepted":
+            found = state.accepted(
+                step_size=self.first_share * accepted,
+                first_losses=line.loss,
+                first_squares=line.loss * line.loss,
+                started_at=line.step,
+            )
+        else:
+            found = state.failed()
+        return SearchRecord.of(
+            line, found, trial_loss=trial_loss, trials=trials, outcome=outcome
+        ), found
+
+    def _interval(self, state: PlusState, line: Line) -> int:
+        """Return the steps to the next search: early ones tell most."""
+        share = min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
+        interval = 1 + int((line.step - state.started_at) / (_DENSE * share))
+        return min(interval, self.max_search_interval)
+
+    def _record(
+        self, line: Line, state: PlusState, loss_before: float, trials: int
+    ) -> SearchRecord:
+        """Return the record; its decrease is that of the last step, on this mini-batch."""
+        record = SearchRecord.of(line, state, trial_loss=loss_before, trials=trials)
+        return replace(record, decrease=loss_before - line.loss)
 
     def describe(self) -> str:
         """Return how the step size is found, for cards."""
-        if self.max_search_interval == 1:
-            when = "every step"
-        else:
-            when = (
-                "every step in the beginning, and ever less often later, up to "
-                f"{self.max_search_interval} steps apart"
-            )
+        double = f"{self.steps_to_double:.3g} step{'' if self.steps_to_double == 1 else 's'}"
         return (
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
-            f"the first one allows, may double within {_steps(self.steps_to_double_fast)} as long "
-            "as new mini-batches want more of the steps that were taken, and within "
-            f"{_steps(self.steps_to_double)} ever after, and stays below the bound at which the "
-            "loss, a parabola through one trial, falls by at least "
-            f"{self.c} of what the slope predicts (after [Kenneweg, Kenneweg, Fumagalli, Hammer, "
-            f"IJCNN 2024](https://arxiv.org/abs/2407.20650)). {self.describe_tail()}; the search "
-            f"ran at {when}"
+            "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
+            "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
+            f"{double}, and is kept where a step changes the loss of the next mini-batch by at "
+            f"most {100 * self.trust:.3g} % of the loss at the start beside what its gradient "
+            f"foresees. {self.describe_tail()}; the search ran at every step in the beginning, and "
+            f"ever less often later, up to {self.max_search_interval} steps apart"
         )
-
-
-def _steps(number: float) -> str:
-    return f"{number:.3g} step{'' if number == 1 else 's'}"

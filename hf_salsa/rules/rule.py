@@ -7,7 +7,7 @@ tensors nor which optimizer made the direction. Nothing here imports torch.
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -36,6 +36,10 @@ class Line:
         agreement: <g_k, p_k>, where -p_k is what earlier gradients put into the step: above 0 where
             the loss of this mini-batch still falls along them. 0 unless the rule has
             `wants_agreement`.
+        last_factor: The factor of the tail (`StepSizeRule.factor`) in the last step taken.
+        step: How many steps the run has behind it.
+        total_steps: Steps of the run; 0 where they are not known.
+        after_head: Whether a new head was trained alone before.
     """
 
     loss_at: Callable[[float], float]
@@ -44,6 +48,10 @@ class Line:
     resolution: float
     look_back: Callable[[], tuple[float, float]] = _no_last_step
     agreement: float = 0.0
+    last_factor: float = 1.0
+    step: int = 0
+    total_steps: int = 0
+    after_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,15 @@ class RuleState:
             },
         )
 
+    @classmethod
+    def is_former(cls, saved: Mapping[str, Any]) -> bool:
+        """Return whether this was written by a rule that had this name in a former version.
+
+        Args:
+            saved: A parameter group of a checkpoint.
+        """
+        return False
+
     def accepted(self, **changes: Any) -> Self:
         """Return the state after a search that found a step size, with `changes` to its fields."""
         return replace(self, searches=self.searches + 1, steps_since_search=0, **changes)
@@ -119,9 +136,9 @@ class SearchRecord:
     Attributes:
         step_size: The step size chosen; the one of before if the search failed.
         loss: f_k(w_k).
-        trial_loss: f_k at the chosen trial point (plus: at its only one, from which it chose); of
-            the last trial if the search failed, NaN if there was none.
-        decrease: `loss - trial_loss`.
+        trial_loss: f_k at the chosen trial point (plus: before the last step); of the last trial if
+            the search failed, NaN if there was none.
+        decrease: `loss - trial_loss` (plus: of the last step, `trial_loss - loss`).
         slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD.
         trials: Step sizes tried, each one forward pass.
         outcome: `"accepted"`; or why the search failed: `"loss"` (f_k(w_k) is not finite),
