@@ -311,7 +311,10 @@ def _train(case: Any, make: Any, step: Any, step_sizes: Any = None) -> Run:
         assert trials > STEPS + 1 or step is not _search  # searches had to go back
         assert run.passes >= accumulation * (3 * STEPS + trials)  # with those of `step`
         assert optimizer.counters.failed_searches == 0
-    moments = [optimizer.state[p] for p in trained]
+    # The weights of before are there for searches only.
+    moments = [
+        {name: t for name, t in optimizer.state[p].items() if name != "previous"} for p in trained
+    ]
     run.left = leaves([setup.model, setup.modules, setup.kept, data, moments, run.losses])
     run.left |= streams()
     return run
