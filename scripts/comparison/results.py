@@ -16,6 +16,7 @@ METRIC_NAMES = {
     "matthews_correlation": "Matthews correlation",
     "loss_per_character": "held-out loss per character",
     "spearmanr": "Spearman correlation",
+    "macro_f1": "macro F1",
 }
 Results = dict[str, Any]
 
