@@ -275,7 +275,7 @@ def load_tags(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Prepared:
-    """Prepare the tagging of words in lower case, without the punctuation that followed them.
+    """Prepare the tagging of words in lower case, without the punctuation around them.
 
     Was a word of the embedded prose written with a capital letter, was it followed by punctuation?
     The sentences are held out by tenths.
@@ -313,10 +313,10 @@ def _tagged(sentence: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list
     """Return the tokens of a sentence, and the tag of each word at its first one."""
     words, tags = [], []
     for word in sentence.split():
-        bare = word.rstrip(string.punctuation)
+        bare = word.strip(string.punctuation)
         if bare:
             words.append(bare.lower())
-            tags.append((bare != bare.lower()) + 2 * (bare != word))
+            tags.append((bare != bare.lower()) + 2 * (word[-1] in string.punctuation))
     encoding = tokenizer(words, is_split_into_words=True, truncation=True)
     numbers = encoding.word_ids()
     first = [b is not None and a != b for a, b in itertools.pairwise([None, *numbers])]
