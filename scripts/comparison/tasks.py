@@ -244,7 +244,7 @@ PRESETS: dict[str, dict[str, Task]] = {
             sgd_rate=2e-3,
             rates=FINE_TUNING_RATES,
             settings={"model": MINILM},
-            epochs=2.0,
+            epochs=3.0,
             new_head=True,
             chance=0.22,
         ),
