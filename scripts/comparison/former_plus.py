@@ -239,4 +239,4 @@ class FormerPlusSGD(LineSearchSGD):
     """SGD with the former rule of `salsa_sgd_plus`, likewise."""
 
     rule_type = FormerPlus
-    options: ClassVar[dict[str, Any]] = LineSearchSGD.options | _OPTIONS
+    options: ClassVar[dict[str, Any]] = LineSearchSGD.options | _OPTIONS | {"momentum": 0.9}

@@ -109,6 +109,7 @@ def test_the_optimizers_are_what_they_were(kind):
     expected |= {"confidence": 2.0, "first_share": 0.1, "backtrack_factor": 0.5, "max_trials": 30}
     expected |= {"max_search_interval": 10, "initial_step_size": 1.0, "cool_down": 0.6}
     expected |= {"direction": "momentum", "head_first": 0, "weight_decay": 0.0}
+    expected |= {"momentum": 0.9} if kind is FormerPlusSGD else {"betas": (0.9, 0.999)}
     assert expected.items() <= group.items()
     for step in range(2):
         weight.grad = weight.detach().clone()
