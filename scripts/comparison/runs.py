@@ -22,6 +22,7 @@ from comparison.results import RESULTS
 from comparison.rivals import AuthorsOptimizer
 from comparison.tasks import CONSTANT, COSINE, Task
 from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa.optimizers.head_first import HeadFirst
 
 VERSIONS_OF = ("hf_salsa", "torch", "transformers", "accelerate")
 EVALUATIONS = 5  # in a run
@@ -159,9 +160,12 @@ def train(run: Run, prepared: Prepared) -> dict[str, Any]:
         name = f"{run.task_name}-{run.candidate_name}-seed-{run.seed}"
         trainer.create_model_card(model_name=name, **prepared.card)
         record["card"] = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
-    if isinstance(trainer.optimizer.optimizer, AuthorsOptimizer):
-        state = trainer.optimizer.optimizer.package.state
+    optimizer = trainer.optimizer.optimizer
+    if isinstance(optimizer, AuthorsOptimizer):
+        state = optimizer.package.state
         record["extra_forward_passes"] = state["n_forwards"] - state["step"]
+    elif isinstance(optimizer, HeadFirst):
+        record["extra_forward_passes"] = optimizer.counters.trials
     return record
 
 
