@@ -226,6 +226,7 @@ def load_images(
     sources: Sources,
     *,
     architecture: str,
+    overrides: dict[str, Any] | None = None,
     dataset: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
@@ -252,7 +253,11 @@ def load_images(
 
     label = data["train"].features["label"]
     make_model: Callable[[], torch.nn.Module] = partial(
-        images_models.make_model, architecture, label, images.size_of(processor)
+        images_models.make_model,
+        architecture,
+        label,
+        images.size_of(processor),
+        **overrides or {},
     )
     if architecture == EFFICIENTNET:
         make_model = partial(EfficientNetLite0, label.num_classes)

@@ -222,7 +222,7 @@ PRESETS: dict[str, dict[str, Task]] = {
             "Digits, ViT",
             batch_size=32,
             epochs=10.0,
-            settings={"architecture": "vit_tiny"},
+            settings={"architecture": "vit_tiny", "overrides": {"num_hidden_layers": 6}},
             chance=0.1,
         ),
         "efficientnet": _image(

@@ -75,6 +75,7 @@ def test_a_pretrained_network_of_images_trains(tmp_path, candidate):
     assert ("card" in results) is (candidate != "adamw_head_first")
 
 
+@pytest.mark.slow
 def test_schedule_free_finds_statistics_at_the_weights_that_it_evaluates(tmp_path, monkeypatch):
     be_quiet()
     few = {"max_train_samples": 32, "max_eval_samples": 16}
