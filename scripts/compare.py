@@ -8,7 +8,7 @@ same command goes on from there, in a later sitting too.
     python scripts/compare.py --preset cpu --jobs 2 --glue_dir GLUE --text_file shakespeare.txt \
         --output_dir model_cards/cpu
 
-The rules that were tried before salsa_adam_plus, in runs of half a minute:
+The rules that were tried before the former rule of salsa_adam_plus, in runs of half a minute:
     python scripts/compare.py --preset study --jobs 2 --glue_dir GLUE --text_file shakespeare.txt \
         --output_dir model_cards/study
 
@@ -18,10 +18,21 @@ The paper's own experiments, with five seeds; for a GPU, and days:
 The report alone, from the runs that are there:
     python scripts/compare.py report --preset cpu --output_dir model_cards/cpu
 
-The candidates are the paper's six (Adam and SGD with the paper's rates, SLS and SaLSa on both),
-salsa_adam_plus and salsa_sgd_plus, AdamW with the best of five peak rates (found on seeds of their
-own), Schedule-Free AdamW and Prodigy with their defaults, and the package of the paper's authors.
-The rivals come with
+A part of it: of the line search, of the sweep of AdamW with the new head trained first, of others
+    python scripts/compare.py --preset cpu ... --candidates salsa_adam_plus
+    python scripts/compare.py --preset cpu ... --candidates adamw_calibrated adamw_head_first
+    python scripts/compare.py --preset cpu ... --tasks mrpc digits --candidates prodigy_cosine
+
+The candidates are the paper's six (Adam and SGD with the paper's rates, SLS and SaLSa on both);
+salsa_adam_plus and salsa_sgd_plus; the rule that both had before, as it was (former_plus,
+former_sgd_plus) and with the new head trained first (former_plus_head_first). AdamW: with the best
+of five peak rates, found on seeds of their own (adamw_calibrated); the same with the new head
+trained first (adamw_head_first: where there is none, its runs are those of adamw_calibrated); with
+Trainer's defaults (adamw_default: 5e-5, linear); by the folk rule (adamw_folk: 1e-4 for a new head
+on a trained body, else 3e-3, cosine). Schedule-Free AdamW and Prodigy: with their defaults, and as
+their authors advise (schedule_free_warmup: warm-up, three times the folk rule's rate, statistics of
+batch normalisation found anew before an evaluation; prodigy_cosine: use_bias_correction,
+safeguard_warmup, cosine). And the package of the paper's authors. The rivals come with
     pip install hf_salsa[compare]
 
 Each run leaves <output_dir>/<task>/<candidate>/seed_<seed>/results.json: its configuration, the
@@ -35,7 +46,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison.candidates import ABLATED, ABLATIONS, BY_DEFAULT, CANDIDATES, CHOSEN, STUDIED
+from comparison.candidates import (
+    ABLATED,
+    ABLATIONS,
+    BY_DEFAULT,
+    CALIBRATED,
+    CANDIDATES,
+    CHOSEN,
+    HEAD_FIRST,
+    STUDIED,
+    trained_as,
+)
 from comparison.grid import check, run_grid
 from comparison.loaders import Sources
 from comparison.report import write_report
@@ -66,8 +87,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--candidates",
         nargs="+",
         choices=tuple(CANDIDATES),
-        help="by default all but plus_*, which are salsa_adam_plus without one of its parts, and "
-        "tried_*, the rules that were tried before it; preset study: those beside four others",
+        help="by default all but the parts of former_plus (former_no_clipping, ...) and tried_*, "
+        "the rules that were tried before it; preset study: those beside four others",
     )
     parser.add_argument("--glue_dir", help="GLUE's own files; by default GLUE comes from the hub")
     parser.add_argument("--text_file", help="the text of the language model, Shakespeare's works")
@@ -105,6 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             command=command_of(args.preset),
             ablations={name: CANDIDATES[name].label for name in (ABLATED, *ABLATIONS)},
             chosen=CHOSEN,
+            references=(HEAD_FIRST, CALIBRATED),
+            same_runs={
+                (task_name, name): trained_as(name, task)
+                for task_name, task in PRESETS[args.preset].items()
+                for name in CANDIDATES
+            },
+            chances={
+                name: task.chance
+                for name, task in PRESETS[args.preset].items()
+                if task.chance is not None
+            },
         )
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -1,23 +1,32 @@
 """The ways to train that are compared."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from comparison import tried_rules
-from comparison.rivals import AuthorsOptimizer, AuthorsTrainer, ComparisonTrainer, prodigy
-from comparison.tasks import CONSTANT, COSINE, Task
+from comparison.former_plus import FormerPlusAdam, FormerPlusSGD
+from comparison.rivals import (
+    AuthorsOptimizer,
+    AuthorsTrainer,
+    ComparisonTrainer,
+    ScheduleFreeTrainer,
+    prodigy,
+)
+from comparison.tasks import CONSTANT, COSINE, WARM_UP, Task
 from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus, SaLSaTrainer
+from hf_salsa.optimizers import LineSearchOptimizer
 
 CALIBRATED = "adamw_calibrated"
+HEAD_FIRST = "adamw_head_first"
+SWEPT = (CALIBRATED, HEAD_FIRST)  # with the best of the task's rates
+ABLATED = "former_plus"
 NAMES = {kind: name for name, kind in OPTIMIZERS.items()}
-ABLATED = NAMES[SaLSaAdamPlus]
-CHOSEN = (NAMES[SaLSaAdam], ABLATED, CALIBRATED)  # their step sizes are drawn apart
+PLUS = NAMES[SaLSaAdamPlus]
+CHOSEN = (NAMES[SaLSaAdam], PLUS, ABLATED, CALIBRATED)  # their step sizes are drawn apart
 
 
 @dataclass(frozen=True)
@@ -27,43 +36,47 @@ class Candidate:
     Attributes:
         label: What readers call it.
         arguments: Training arguments -> value; a rate that depends on the task is in `rate`.
-        rate: The peak rate on a task, for those that have one.
-        make_optimizer: Makes an optimizer that `Trainer` has no name for.
+        rate: The peak rate on a task, for those that have one; of `SWEPT` it is searched.
+        optimizer: A line search that `Trainer` has no name for, and makes as it makes its own.
+        make_optimizer: Makes any other optimizer that it has no name for.
+        options: What either of them is made with.
         trainer: The trainer's class.
         package: What must be installed.
         resumes: Whether a checkpoint holds its whole state.
-        changes: What makes a candidate with `make_optimizer` another than its arguments say.
     """
 
     label: str
     arguments: dict[str, Any] = field(default_factory=dict)
     rate: Callable[[Task], float] | None = None
-    make_optimizer: Callable[[Iterator[torch.nn.Parameter]], Optimizer] | None = None
+    optimizer: type[LineSearchOptimizer] | None = None
+    make_optimizer: Callable[..., Optimizer] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     trainer: type[SaLSaTrainer] = ComparisonTrainer
     package: str | None = None
     resumes: bool = True
-    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What makes it another candidate than one with the same arguments."""
+        return ({"rule": self.optimizer.__name__} if self.optimizer else {}) | self.options
 
 
-def _without(part: str, **changes: Any) -> Candidate:
-    """Return `salsa_adam_plus` without one of its parts."""
-    return Candidate(
-        part,
-        {"optim": ABLATED},
-        make_optimizer=partial(OPTIMIZERS[ABLATED], **changes),
-        changes=changes,
-    )
+def trained_as(name: str, task: Task) -> str:
+    """Return the candidate whose runs are those of `name` on a task, most often itself.
+
+    Without a new head there is none to train first.
+    """
+    return CALIBRATED if name == HEAD_FIRST and not task.new_head else name
 
 
-def _tried(label: str, rule: type[SaLSaAdam], **options: Any) -> Candidate:
-    """Return a rule that was tried before `salsa_adam_plus`."""
-    return Candidate(
-        label,
-        {"optim": next(NAMES[kind] for kind in rule.__mro__ if kind in NAMES)},
-        make_optimizer=partial(rule, **options),
-        resumes=False,
-        changes={"rule": rule.__name__, **options},
-    )
+def _without(part: str, **options: Any) -> Candidate:
+    """Return the former rule without one of its parts."""
+    return Candidate(part, optimizer=FormerPlusAdam, options=options)
+
+
+def _tried(label: str, rule: type[LineSearchOptimizer], **options: Any) -> Candidate:
+    """Return a rule that was tried before the former one."""
+    return Candidate(label, optimizer=rule, options=options, resumes=False)
 
 
 def _label(name: str) -> str:
@@ -80,13 +93,15 @@ def _label(name: str) -> str:
 
 
 ABLATIONS = {
-    "plus_slow_growth": _without("without fast growth", confidence=1e9),
-    "plus_any_growth": _without("with fast growth at all times", confidence=-1e9),
-    "plus_full_start": _without("started at the first step size found", first_share=1.0),
-    "plus_gradient": _without("tested along the gradient", direction="gradient"),
-    "plus_no_averages": _without("without averages", beta3=0.0),
-    "plus_no_cool_down": _without("without cool-down", cool_down=0.0),
-    "plus_no_clipping": Candidate("without clipping", {"optim": ABLATED, "max_grad_norm": 0.0}),
+    "former_slow_growth": _without("without fast growth", confidence=1e9),
+    "former_any_growth": _without("with fast growth at all times", confidence=-1e9),
+    "former_full_start": _without("started at the first step size found", first_share=1.0),
+    "former_gradient": _without("tested along the gradient", direction="gradient"),
+    "former_no_averages": _without("without averages", beta3=0.0),
+    "former_no_cool_down": _without("without cool-down", cool_down=0.0),
+    "former_no_clipping": Candidate(
+        "without clipping", {"max_grad_norm": 0.0}, optimizer=FormerPlusAdam
+    ),
 }
 TRIED = {
     "tried_cool_down": _tried("SaLSa, cooled down", SaLSaAdam, cool_down=0.6),
@@ -117,7 +132,28 @@ CANDIDATES = {
         name: Candidate(_label(name), {"optim": name})
         for name in sorted(OPTIMIZERS, key=lambda name: not name.startswith("sls"))
     },
+    ABLATED: Candidate("former plus", optimizer=FormerPlusAdam),
+    "former_plus_head_first": Candidate(
+        "former plus, head first",
+        optimizer=FormerPlusAdam,
+        options={"head_first": 10, "first_share": 0.3},
+    ),
+    "former_sgd_plus": Candidate("former SGD plus", optimizer=FormerPlusSGD),
     CALIBRATED: Candidate("AdamW, best of 5 rates", {"optim": "adamw_torch_fused", **COSINE}),
+    HEAD_FIRST: Candidate(
+        "AdamW, best of 5 rates, head first",
+        {"optim": "adamw_torch_fused", "salsa_head_first": 10, **COSINE},
+    ),
+    # What `Trainer` does if nothing is said.
+    "adamw_default": Candidate(
+        "AdamW, Trainer's defaults",
+        {"optim": "adamw_torch_fused", "learning_rate": 5e-5, "lr_scheduler_type": "linear"},
+    ),
+    "adamw_folk": Candidate(
+        "AdamW, folk rule",
+        {"optim": "adamw_torch_fused", **COSINE},
+        lambda task: task.folk_rate,
+    ),
     "schedule_free": Candidate(
         "Schedule-Free AdamW",
         {"optim": "schedule_free_adamw", "learning_rate": 2.5e-3, **CONSTANT},
@@ -127,6 +163,22 @@ CANDIDATES = {
         "Prodigy",
         {"optim": "adamw_torch", "learning_rate": 1.0, **CONSTANT},
         make_optimizer=prodigy,
+        package="prodigyopt",
+    ),
+    # Its authors: warm up, with 1 to 10 times the rate of a schedule.
+    "schedule_free_warmup": Candidate(
+        "Schedule-Free AdamW, warm-up",
+        {"optim": "schedule_free_adamw", **CONSTANT, **WARM_UP},
+        lambda task: 3 * task.folk_rate,
+        trainer=ScheduleFreeTrainer,
+        package="schedulefree",
+    ),
+    # As its authors advise: with these two, and the cosine without a warm-up.
+    "prodigy_cosine": Candidate(
+        "Prodigy, cosine",
+        {"optim": "adamw_torch", "learning_rate": 1.0, "lr_scheduler_type": "cosine"},
+        make_optimizer=prodigy,
+        options={"use_bias_correction": True, "safeguard_warmup": True},
         package="prodigyopt",
     ),
     "authors": Candidate(

@@ -20,17 +20,17 @@ from support.command_line import UsageError
 from support.glue import load_glue_files
 from tqdm import tqdm
 
-from comparison.candidates import CALIBRATED, CANDIDATES
+from comparison.candidates import CANDIDATES, SWEPT, trained_as
 from comparison.loaders import Sources
 from comparison.results import RESULTS
 from comparison.runs import Run, execute
 from comparison.tasks import Task
 
 
-def calibrations(task_name: str, task: Task, output_dir: Path) -> list[Run]:
-    """Return the runs that find the best rate of a task."""
+def calibrations(task_name: str, task: Task, candidate: str, output_dir: Path) -> list[Run]:
+    """Return the runs that find the best rate of a candidate on a task."""
     return [
-        Run(task_name, task, CALIBRATED, rate, seed, output_dir)
+        Run(task_name, task, candidate, rate, seed, output_dir)
         for seed in task.calibration_seeds
         for rate in task.rates
     ]
@@ -60,15 +60,26 @@ def best_rate(runs: Sequence[Run]) -> float:
 
 
 def comparison(
-    tasks: Mapping[str, Task], names: Sequence[str], rates: Mapping[str, float], output_dir: Path
+    tasks: Mapping[str, Task],
+    names: Sequence[str],
+    rates: Mapping[tuple[str, str], float],
+    output_dir: Path,
 ) -> list[Run]:
-    """Return the runs of the comparison: all first seeds, then all second ones, ..."""
+    """Return the runs of the comparison: all first seeds, then all second ones, ...
+
+    Args:
+        tasks: Name -> task.
+        names: The candidates.
+        rates: Task and candidate of `SWEPT` -> the best rate.
+        output_dir: Where the results are.
+    """
     runs = []
     for number in range(max(len(task.seeds) for task in tasks.values())):
         for task_name, task in tasks.items():
-            for name in names if number < len(task.seeds) else ():
+            as_trained = dict.fromkeys(trained_as(name, task) for name in names)
+            for name in as_trained if number < len(task.seeds) else ():
                 rate = CANDIDATES[name].rate
-                peak = rates[task_name] if name == CALIBRATED else rate(task) if rate else None
+                peak = rates[task_name, name] if name in SWEPT else rate(task) if rate else None
                 runs.append(Run(task_name, task, name, peak, task.seeds[number], output_dir))
     return runs
 
@@ -157,16 +168,20 @@ def check(tasks: Mapping[str, Task], names: Sequence[str], sources: Sources) -> 
     Raises:
         UsageError: A package or a file is missing.
     """
-    for name in names:
-        package = CANDIDATES[name].package
-        if package:
-            try:
-                importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError as error:
-                raise UsageError(
-                    f"{name} needs {package}: pip install hf_salsa[compare], or leave it out of "
-                    "--candidates"
-                ) from error
+    needed = [
+        (name, package, "candidates") for name in names if (package := CANDIDATES[name].package)
+    ]
+    needed += [
+        (name, package, "tasks") for name, task in tasks.items() for package in task.packages
+    ]
+    for name, package, flag in needed:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UsageError(
+                f"{name} needs {package}: pip install hf_salsa[compare], or leave it out of "
+                f"--{flag}"
+            ) from error
     for task_name, task in tasks.items():
         if task.settings.get("file") and not sources.text_file:
             raise UsageError(f"{task_name} needs --text_file, or leave it out of --tasks")
@@ -189,12 +204,15 @@ def run_grid(
     """Fill the grid: calibrate AdamW, then compare."""
     try:
         with open_pool(jobs, threads) as pool:
-            rates = {}
-            if CALIBRATED in names:
-                found = {name: calibrations(name, task, output_dir) for name, task in tasks.items()}
-                every = [run for runs in found.values() for run in runs]
+            found = {
+                (task_name, candidate): calibrations(task_name, task, candidate, output_dir)
+                for task_name, task in tasks.items()
+                for candidate in {trained_as(name, task): None for name in names if name in SWEPT}
+            }
+            every = [run for runs in found.values() for run in runs]
+            if every:
                 fill(every, sources, pool, jobs, "Rates")
-                rates = {name: best_rate(runs) for name, runs in found.items()}
+            rates = {key: best_rate(runs) for key, runs in found.items()}
             runs = comparison(tasks, names, rates, output_dir)
             fill(runs, sources, pool, jobs, "Comparison")
     except KeyboardInterrupt:

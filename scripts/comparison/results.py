@@ -16,6 +16,7 @@ METRIC_NAMES = {
     "matthews_correlation": "Matthews correlation",
     "loss_per_character": "held-out loss per character",
     "spearmanr": "Spearman correlation",
+    "macro_f1": "macro F1",
 }
 Results = dict[str, Any]
 
@@ -56,8 +57,17 @@ class Comparison:
         labels: Candidate that has runs -> what readers call it.
         ablations: Likewise, a method and what is left of it without one part: empty if no part
             was left out.
-        swept: The candidate whose rate was searched, if one was.
+        swept: The first of `labels` whose rate was searched, if one's was.
         compared: The tasks with runs of `labels`.
+        chances: Task -> the metric of the best answer that is always the same.
+
+    Args:
+        output_dir: Where the results are.
+        labels: Candidate -> what readers call it.
+        tasks: The tasks that there may be.
+        ablations: A method, and what is left of it without one part -> what readers call it.
+        same_runs: Task and candidate -> the candidate whose runs are its runs too.
+        chances: As above.
     """
 
     def __init__(
@@ -66,6 +76,8 @@ class Comparison:
         labels: Mapping[str, str],
         tasks: Sequence[str],
         ablations: Mapping[str, str],
+        same_runs: Mapping[tuple[str, str], str] | None = None,
+        chances: Mapping[str, float] | None = None,
     ) -> None:
         found = [
             json.loads(path.read_text(encoding="utf-8"))
@@ -74,6 +86,8 @@ class Comparison:
         if not found:
             raise UsageError(f"{output_dir} holds no results of compare.py")
         self.output_dir = output_dir
+        self.same_runs = same_runs or {}
+        self.chances = chances or {}
         self.all = found
         self.runs = [run for run in found if not run["calibration"]]
         self.calibrations = [run for run in found if run["calibration"]]
@@ -86,13 +100,15 @@ class Comparison:
         self.labels = {name: label for name, label in labels.items() if name in present}
         parts = {name: label for name, label in ablations.items() if name in present}
         self.ablations = parts if set(parts) - set(labels) else {}
-        self.swept = next((run["candidate"] for run in self.calibrations), None)
+        calibrated = {run["candidate"] for run in self.calibrations}
+        self.swept = next((name for name in labels if name in calibrated), None)
         compared = {run["task"] for run in self.runs if run["candidate"] in labels}
         self.compared = [task for task in self.tasks if task in compared]
 
     def of(self, task: str, candidate: str) -> list[Results]:
         """Return the runs of a candidate on a task."""
-        return [r for r in self.runs if (r["task"], r["candidate"]) == (task, candidate)]
+        wanted = task, self.same_runs.get((task, candidate), candidate)
+        return [run for run in self.runs if (run["task"], run["candidate"]) == wanted]
 
     def settings(self, task: str) -> Results:
         """Return the configuration of a task."""

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from hf_salsa import SaLSaTrainer
 
@@ -65,8 +67,36 @@ class AuthorsTrainer(ComparisonTrainer):
         return self.optimizer.optimizer.take_step(closure).detach()
 
 
-def prodigy(params: Iterator[torch.nn.Parameter]) -> Optimizer:
-    """Return Prodigy with its defaults."""
+class ScheduleFreeTrainer(ComparisonTrainer):
+    """Evaluates the averaged weights with the statistics that batch normalisation has at them.
+
+    As the authors of Schedule-Free advise: they are found anew on `BATCHES` of the training data.
+    """
+
+    BATCHES = 50
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if any(isinstance(module, torch.nn.BatchNorm2d) for module in self.model.modules()):
+            self._find_statistics()
+        return super().evaluate(*args, **kwargs)
+
+    def _find_statistics(self) -> None:
+        data = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            collate_fn=self.data_collator,
+        )
+        self.model.train()
+        self.optimizer.eval()
+        with torch.random.fork_rng(), torch.no_grad():  # training draws on as if this were not
+            for batch in itertools.islice(data, self.BATCHES):
+                self.model(**self._prepare_inputs(batch))
+
+
+def prodigy(params: Iterator[torch.nn.Parameter], **options: Any) -> Optimizer:
+    """Return Prodigy, with its defaults but for `options`."""
     from prodigyopt import Prodigy
 
-    return Prodigy(params)
+    return Prodigy(params, **options)

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from support.runs import last_checkpoint
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
-from comparison.candidates import CANDIDATES
+from comparison.candidates import BY_DEFAULT, CANDIDATES
 from comparison.loaders import LOADERS, Prepared, Sources
 from comparison.results import RESULTS
 from comparison.rivals import AuthorsOptimizer
 from comparison.tasks import CONSTANT, COSINE, Task
-from hf_salsa import OPTIMIZERS, SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa import SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa.optimizers.head_first import HeadFirst
 
 VERSIONS_OF = ("hf_salsa", "torch", "transformers", "accelerate")
 EVALUATIONS = 5  # in a run
@@ -61,7 +61,7 @@ class Run(NamedTuple):
         """Task and candidate as JSON has them."""
         names = ("kind", "metric", "batch_size", "epochs", "updates", "group_by_length", "settings")
         task = {name: getattr(self.task, name) for name in names}
-        candidate = self.arguments | CANDIDATES[self.candidate_name].changes
+        candidate = self.arguments | CANDIDATES[self.candidate_name].configuration
         return json.loads(json.dumps({"task": task, "candidate": candidate}))
 
 
@@ -105,6 +105,9 @@ def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
     per_epoch = math.ceil(len(train_data) / task.batch_size)
     updates = task.updates or math.ceil(task.epochs * per_epoch)
     checkpoints = {"save_strategy": "steps", "save_total_limit": 1} if candidate.resumes else {}
+    arguments = run.arguments
+    if "warmup_steps" in arguments:  # a share, which Schedule-Free would take for a number
+        arguments["warmup_steps"] = math.ceil(arguments["warmup_steps"] * updates)
     args = SaLSaTrainingArguments(
         output_dir=str(run.folder / "trainer"),
         seed=run.seed,
@@ -121,22 +124,23 @@ def make_trainer(run: Run, prepared: Prepared) -> SaLSaTrainer:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        **run.arguments,
+        **arguments,
     )
     set_seed(run.seed)
     model = prepared.make_model()
-    optimizers = (None, None)
+    own: dict[str, Any] = {}
+    if candidate.optimizer is not None:
+        own["optimizer_cls_and_kwargs"] = (candidate.optimizer, dict(candidate.options))
     if candidate.make_optimizer is not None:
-        optimizer = candidate.make_optimizer(model.parameters())
-        searches = isinstance(optimizer, tuple(OPTIMIZERS.values()))
-        optimizers = (optimizer, None if searches else LambdaLR(optimizer, lambda step: 1.0))
+        optimizer = candidate.make_optimizer(model.parameters(), **candidate.options)
+        own["optimizers"] = (optimizer, None)
     trainer = candidate.trainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=prepared.validation,
-        optimizers=optimizers,
         callbacks=[*callbacks, Stopwatch()],
+        **own,
         **prepared.arguments,
     )
     trainer.remove_callback(PrinterCallback)
@@ -152,13 +156,16 @@ def train(run: Run, prepared: Prepared) -> dict[str, Any]:
     if not any("eval_loss" in e and e["step"] == trainer.state.global_step for e in history):
         trainer.evaluate()
     record = _record(trainer, run.task, metrics, prepared.characters_per_token)
-    if run.candidate_name in OPTIMIZERS:
+    if trainer.line_search is not None and run.candidate_name in BY_DEFAULT:
         name = f"{run.task_name}-{run.candidate_name}-seed-{run.seed}"
         trainer.create_model_card(model_name=name, **prepared.card)
         record["card"] = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
-    if isinstance(trainer.optimizer.optimizer, AuthorsOptimizer):
-        state = trainer.optimizer.optimizer.package.state
+    optimizer = trainer.optimizer.optimizer
+    if isinstance(optimizer, AuthorsOptimizer):
+        state = optimizer.package.state
         record["extra_forward_passes"] = state["n_forwards"] - state["step"]
+    elif isinstance(optimizer, HeadFirst):
+        record["extra_forward_passes"] = optimizer.counters.trials
     return record
 
 

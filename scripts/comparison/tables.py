@@ -193,16 +193,21 @@ def ablation_section(comparison: Comparison) -> list[str]:
 def calibration_table(comparison: Comparison) -> list[str]:
     tables = []
     for task in comparison.tasks:
-        runs = [run for run in comparison.calibrations if run["task"] == task]
-        row = [comparison.title(task)]
-        rates = sorted({run["rate"] for run in runs})
-        for rate in rates:
-            at_rate = [run for run in runs if run["rate"] == rate]
-            metric = Cell.of(at_rate, "peak_metric").show(4)
-            loss = Cell.of(at_rate, "final_training_loss").show(4)
-            row.append(f"{metric} / {loss}")
-        if rates:
-            tables.append(markdown(["", *(f"{rate:g}" for rate in rates)], [row]))
+        of_task = [run for run in comparison.calibrations if run["task"] == task]
+        rates = sorted({run["rate"] for run in of_task})
+        rows = []
+        for candidate in sorted({run["candidate"] for run in of_task}):
+            label = "" if candidate == comparison.swept else f": {comparison.labels[candidate]}"
+            rows.append([f"{comparison.title(task)}{label}"])
+            for rate in rates:
+                at_rate = [
+                    run for run in of_task if (run["candidate"], run["rate"]) == (candidate, rate)
+                ]
+                metric = Cell.of(at_rate, "peak_metric").show(4)
+                loss = Cell.of(at_rate, "final_training_loss").show(4)
+                rows[-1].append(f"{metric} / {loss}")
+        if rows:
+            tables.append(markdown(["", *(f"{rate:g}" for rate in rates)], rows))
     return tables or ["Not searched here."]
 
 

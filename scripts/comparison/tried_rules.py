@@ -1,8 +1,8 @@
-"""Rules for the step size that were tried on the way to `salsa_adam_plus`.
+"""Rules for the step size that were tried on the way to the former rule of `salsa_adam_plus`.
 
 Prototypes, kept so that `compare.py --preset study` can repeat the comparison; to train, use the
-optimizers of `hf_salsa`. Each is `SaLSaAdam` or `SaLSaAdamPlus` with one thing changed. They run on
-CPUs, and what they remember besides is in no checkpoint.
+optimizers of `hf_salsa`. Each is `SaLSaAdam` or `FormerPlusAdam` with one thing changed. They run
+on CPUs, and what they remember besides is in no checkpoint.
 """
 
 import copy
@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_salsa import SaLSaAdam, SaLSaAdamPlus
+from comparison.former_plus import FormerPlusAdam
+from hf_salsa import SaLSaAdam
 from hf_salsa.optimizers import Chunk, LineSearchAdam, Update
 from hf_salsa.rules import (
     Line,
@@ -156,8 +157,8 @@ class OtherBatch(_OtherJudge, SaLSaAdam):
     """The paper's rule, but the mini-batch of the search before judges the step of this one."""
 
 
-class PlusOtherBatch(_OtherJudge, SaLSaAdamPlus):
-    """`SaLSaAdamPlus`, likewise."""
+class PlusOtherBatch(_OtherJudge, FormerPlusAdam):
+    """`FormerPlusAdam`, likewise."""
 
 
 class _Averaging(LineSearchAdam):
@@ -200,8 +201,8 @@ class Averaged(_Averaging, SaLSaAdam):
     """`SaLSaAdam` with averaged weights."""
 
 
-class PlusAveraged(_Averaging, SaLSaAdamPlus):
-    """`SaLSaAdamPlus`, likewise."""
+class PlusAveraged(_Averaging, FormerPlusAdam):
+    """`FormerPlusAdam`, likewise."""
 
 
 class ScheduleFree(SaLSaAdam):

@@ -190,15 +190,18 @@ def model_and_processor(
     return model, processor
 
 
-def make_model(architecture: str, label: ClassLabel, image_size: int) -> PreTrainedModel:
+def make_model(
+    architecture: str, label: ClassLabel, image_size: int, **overrides: Any
+) -> PreTrainedModel:
     """Return a model with random weights.
 
     Args:
         architecture: A key of `ARCHITECTURES`.
         label: The classes.
         image_size: Pixels of a side; a ResNet gets the small stem up to 64.
+        overrides: Settings of the architecture that shall be others.
     """
-    settings = {**ARCHITECTURES[architecture], **_head(label)}
+    settings = {**ARCHITECTURES[architecture], **_head(label), **overrides}
     if architecture.startswith("vit"):
         patch_size = 16 if image_size > SMALL else image_size // 8
         return ViTForImageClassification(

@@ -9,50 +9,61 @@ import pytest
 import torch
 from comparison import candidates, loaders
 from comparison.candidates import BY_DEFAULT, CALIBRATED, CANDIDATES
+from comparison.former_plus import FormerPlusAdam
 from comparison.grid import be_quiet
 from comparison.loaders import Sources, load_text
 from comparison.runs import Run, make_trainer, prepare
 from comparison.tasks import PRESETS
 from comparison_helpers import SMOKE, carry_out, prose_run
 from support.text import DataArguments, load_texts
+from transformers import TrainingArguments
 
-from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
+from hf_salsa import OPTIMIZERS, SaLSaAdam
+from hf_salsa.head import find_head
+from hf_salsa.training_args import resolved_max_grad_norm
 
 ABLATIONS = {
-    "plus_slow_growth": {"confidence": 1e9},
-    "plus_any_growth": {"confidence": -1e9},
-    "plus_full_start": {"first_share": 1.0},
-    "plus_gradient": {"direction": "gradient"},
-    "plus_no_averages": {"beta3": 0.0},
-    "plus_no_cool_down": {"cool_down": 0.0},
+    "former_slow_growth": {"confidence": 1e9},
+    "former_any_growth": {"confidence": -1e9},
+    "former_full_start": {"first_share": 1.0},
+    "former_gradient": {"direction": "gradient"},
+    "former_no_averages": {"beta3": 0.0},
+    "former_no_cool_down": {"cool_down": 0.0},
+    "former_no_clipping": {},
 }
 
 
-def test_ablations_are_salsa_adam_plus_without_one_part(tmp_path):
-    assert {*ABLATIONS, "plus_no_clipping"} == candidates.ABLATIONS.keys()
+def trainer_of(run):
+    return make_trainer(run, prepare(run.task.kind, json.dumps(run.task.settings), Sources()))
+
+
+def test_ablations_are_the_former_rule_without_one_part(tmp_path):
+    assert ABLATIONS.keys() == candidates.ABLATIONS.keys()
     assert {*candidates.ABLATIONS, *candidates.TRIED, *BY_DEFAULT} == set(CANDIDATES)
     assert not {*candidates.ABLATIONS, *candidates.TRIED} & set(BY_DEFAULT)
-    whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    whole = FormerPlusAdam([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     for name, changed in ABLATIONS.items():
         run = prose_run(tmp_path, name)
-        prepared = prepare(run.task.kind, json.dumps(run.task.settings), Sources())
-        trainer = make_trainer(run, prepared)
-        assert type(trainer.optimizer) is SaLSaAdamPlus
-        (group,) = trainer.optimizer.param_groups
-        assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
-        assert run.configuration["candidate"] == {"optim": "salsa_adam_plus", **changed}
-        assert trainer.args.max_grad_norm == 1.0
-    unclipped = candidates.ABLATIONS["plus_no_clipping"].arguments
-    assert unclipped == {"optim": "salsa_adam_plus", "max_grad_norm": 0.0}
+        trainer = trainer_of(run)
+        optimizer = trainer.create_optimizer()
+        assert type(optimizer) is FormerPlusAdam
+        for group in optimizer.param_groups:
+            assert {k: v for k, v in group.items() if k != "params" and v != whole[k]} == changed
+        clipped = name != "former_no_clipping"
+        norm = resolved_max_grad_norm(trainer.args.max_grad_norm, FormerPlusAdam)
+        assert norm == (1.0 if clipped else 0.0)
+        arguments = {} if clipped else {"max_grad_norm": 0.0}
+        expected = {"rule": "FormerPlusAdam", **arguments, **changed}
+        assert run.configuration["candidate"] == expected
 
 
 def test_the_study_is_of_the_rules_that_were_tried():
     studied = compare.parse_args(["--preset", "study"]).candidates
     assert candidates.TRIED.keys() == set(studied) - {
-        *(CALIBRATED, "schedule_free", "salsa_adam", "salsa_adam_plus")
+        *(CALIBRATED, "schedule_free", "salsa_adam", "former_plus")
     }
-    named = compare.parse_args(["--preset", "study", "--candidates", "plus_gradient"]).candidates
-    assert named == ["plus_gradient"]
+    named = compare.parse_args(["--preset", "study", "--candidates", "former_gradient"]).candidates
+    assert named == ["former_gradient"]
     used = {seed for task in PRESETS["cpu"].values() for seed in (*task.seeds, 100, 101)}
     for task in PRESETS["study"].values():
         assert not used & {*task.seeds, *task.calibration_seeds}
@@ -61,7 +72,7 @@ def test_the_study_is_of_the_rules_that_were_tried():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:Ignored with")
 def test_an_ablation_knows_the_length_of_its_run(tmp_path):
-    results = carry_out(prose_run(tmp_path, "plus_slow_growth"))
+    results = carry_out(prose_run(tmp_path, "former_slow_growth"))
     assert results["status"] == "finished"
     sizes = results["step_sizes"]
     assert sizes[-1] < 0.2 * max(sizes)
@@ -84,6 +95,33 @@ def test_paper_candidates_follow_the_papers_schedule(tmp_path):
     arguments = Run("mrpc", flat, CALIBRATED, 1e-4, 0, tmp_path).arguments
     assert arguments["lr_scheduler_type"] == "cosine"
     assert Run("mrpc", task, "salsa_sgd", None, 0, tmp_path).arguments == {"optim": "salsa_sgd"}
+
+
+def test_rates_and_schedules_of_the_rivals(tmp_path):
+    from_scratch, fine_tuned = PRESETS["cpu"]["shakespeare"], PRESETS["cpu"]["mrpc"]
+
+    def arguments(name, task):
+        rate = CANDIDATES[name].rate
+        return Run("task", task, name, rate and rate(task), 0, tmp_path).arguments
+
+    cosine = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    for task, rate in ((from_scratch, 3e-3), (fine_tuned, 1e-4)):
+        folk = {"optim": "adamw_torch_fused", "learning_rate": rate, **cosine}
+        assert arguments("adamw_folk", task) == folk
+        free = arguments("schedule_free_warmup", task)
+        assert free["learning_rate"] == pytest.approx(3 * rate)
+        assert (free["lr_scheduler_type"], free["warmup_steps"]) == ("constant", 0.1)
+    default = arguments("adamw_default", fine_tuned)
+    stock = TrainingArguments(str(tmp_path))
+    assert default["learning_rate"] == stock.learning_rate
+    assert default["lr_scheduler_type"] == stock.lr_scheduler_type
+
+
+def test_the_head_of_a_pretrained_network_of_images_is_new():
+    task = PRESETS["cpu"]["efficientnet"]
+    head = find_head(prepare(task.kind, json.dumps(task.settings), Sources()).make_model())
+    assert head == ["network._fc.weight", "network._fc.bias"]
+    assert task.new_head
 
 
 @pytest.mark.slow

@@ -160,8 +160,8 @@ def test_what_stands_beside_a_sweep(tmp_path):
 def test_ablations_are_a_table_of_their_own(tmp_path):
     write_results(tmp_path, "adam", 0)
     write_results(tmp_path, "adam", 0, task="probe")
-    ablations = {"salsa_adam_plus": "plus", "plus_gradient": "along the gradient"}
-    for candidate, loss in (("salsa_adam_plus", 1.0), ("plus_gradient", 2.0)):
+    ablations = {"former_plus": "plus", "former_gradient": "along the gradient"}
+    for candidate, loss in (("former_plus", 1.0), ("former_gradient", 2.0)):
         write_results(tmp_path, candidate, 0, final_training_loss=loss, peak_metric=loss + 0.5)
         write_results(tmp_path, candidate, 1, final_training_loss=loss, peak_metric=loss + 0.5)
     write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
@@ -183,8 +183,8 @@ def test_step_sizes_are_drawn_apart_of_what_has_run(tmp_path, chosen):
 
 
 def test_no_table_of_ablations_without_one(tmp_path):
-    write_results(tmp_path, "salsa_adam_plus", 0)
-    ablations = {"salsa_adam_plus": "plus", "plus_gradient": "along the gradient"}
+    write_results(tmp_path, "former_plus", 0)
+    ablations = {"former_plus": "plus", "former_gradient": "along the gradient"}
     write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
     assert "Without one of its parts" not in (tmp_path / "README.md").read_text()
 

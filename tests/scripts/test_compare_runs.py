@@ -16,10 +16,16 @@ TIMES = ("seconds", "cpu_seconds", "card")  # the card has the time in its table
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("candidate", ["salsa_adam", "adam", "schedule_free", "prodigy", "authors"])
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        *("salsa_adam", "adam", "schedule_free", "prodigy", "authors"),
+        *("former_plus", "schedule_free_warmup", "prodigy_cosine"),
+    ],
+)
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, candidate):
     """What it records is what the straight run records, to the last digit."""
-    rate = 1e-3 if candidate == "adam" else None
+    rate = 1e-3 if candidate in ("adam", "schedule_free_warmup") else None
     straight = carry_out(prose_run(tmp_path / "straight", candidate, rate=rate))
     run = prose_run(tmp_path / "interrupted", candidate, rate=rate)
     first_steps = []

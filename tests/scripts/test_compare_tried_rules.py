@@ -33,7 +33,7 @@ def take_step(optimizer, param, target):
 def test_a_tried_rule_trains_and_is_another_one(tmp_path, name):
     results = carry_out(prose_run(tmp_path, name))
     assert results["losses"][-1] < results["losses"][0]
-    base = carry_out(prose_run(tmp_path, "salsa_adam_plus" if "plus" in name else "salsa_adam"))
+    base = carry_out(prose_run(tmp_path, "former_plus" if "plus" in name else "salsa_adam"))
     # Too few updates for some of them to take another step.
     seen = ("step_sizes", "peak_metric", "extra_forward_passes")
     assert [results[value] for value in seen] != [base[value] for value in seen]
