@@ -93,7 +93,7 @@ class Plus(StepSizeRule[PlusState]):
     body is ruined by steps that new weights need.
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
-    than 450 steps have their share of the 9.
+    than 450 steps have their share of the 9, at least 1.
 
     The loss must not be negative: its size at the start is what a change is measured by.
 
@@ -252,7 +252,7 @@ class Plus(StepSizeRule[PlusState]):
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
         share = min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
-        interval = 1 + int((line.step - state.started_at) / (_DENSE * share))
+        interval = 1 + int((line.step - state.started_at) / max(1.0, _DENSE * share))
         return min(interval, self.max_search_interval)
 
     def _record(

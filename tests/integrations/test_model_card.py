@@ -216,12 +216,11 @@ def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base)
         f"`{optimizer.__name__}` takes {base}'s steps with a step size that it finds" in procedure
     )
     for words in (
-        "starts at 0.1 of what the first one allows",
-        "double within 12 steps as long as new",
-        "within 500 steps ever after",
-        "by at least 0.4 of what the slope predicts (after",
+        "starts at 0.3 of what the first one allows",
+        "double within 8 steps",
+        "by at most 1 % of the loss at the start beside what its gradient foresees",
         "over the last 60 % of the run the step size fell linearly to 0",
-        "the search ran at every step in the beginning, and ever less often later, up to 10 steps",
+        "the search ran at every step in the beginning, and ever less often later, up to 20 steps",
     ):
         assert words in procedure
     assert "the largest of those tried" not in procedure

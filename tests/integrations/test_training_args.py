@@ -119,7 +119,7 @@ def test_settings_that_an_optimizer_does_not_have_are_refused(tmp_path, value):
     message = f"salsa_require_decrease={value} is not allowed with optim='salsa_adam_plus'"
     with pytest.raises(ValueError, match=message):
         SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_require_decrease=value)
-    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+    with pytest.raises(ValueError, match="salsa_c=2.0 .* which has no such setting"):
         SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_c=2.0)
 
 
@@ -143,11 +143,10 @@ def test_deepspeed_is_refused_with_the_alternative(tmp_path):
         ("salsa_sgd", " momentum = 0.9 , max_trials = 7,", {"momentum": 0.9, "max_trials": 7}),
         ("salsa_adam", "direction=momentum", {"direction": "momentum"}),
         ("salsa_adam", "require_decrease=True", {"require_decrease": True}),
-        ("salsa_adam_plus", "confidence=1e999", {"confidence": math.inf}),
         (
             "salsa_adam_plus",
-            "confidence=1.5,first_share=0.2,steps_to_double_fast=20",
-            {"confidence": 1.5, "first_share": 0.2, "steps_to_double_fast": 20},
+            "trust=0.02,first_share=0.2,reach_after_head=0.3",
+            {"trust": 0.02, "first_share": 0.2, "reach_after_head": 0.3},
         ),
         ("salsa_adam", "", {}),
     ],
@@ -213,12 +212,17 @@ def test_optim_args_that_have_a_field_of_transformers_name_it(tmp_path, given, f
         SaLSaTrainingArguments(str(tmp_path), optim_args=given)
 
 
-def test_optim_args_take_tuples_and_infinity(tmp_path):
+def test_optim_args_take_several_settings_and_refuse_infinity(tmp_path):
     args = SaLSaTrainingArguments(
-        str(tmp_path), optim="salsa_adam_plus", optim_args="confidence=inf, max_trials=7"
+        str(tmp_path), optim="salsa_adam_plus", optim_args="trust=0.02, reach=7"
     )
-    assert optimizer_arguments(args)["confidence"] == math.inf
-    assert optimizer_arguments(args)["max_trials"] == 7
+    assert optimizer_arguments(args)["trust"] == 0.02
+    assert optimizer_arguments(args)["reach"] == 7
+    for infinite in ("inf", "1e999"):
+        with pytest.raises(ValueError, match="reach=inf is not allowed: .* finite number above 0"):
+            SaLSaTrainingArguments(
+                str(tmp_path), optim="salsa_adam_plus", optim_args=f"reach={infinite}"
+            )
 
 
 def test_settings_of_a_search_are_refused_with_a_stock_optimizer(tmp_path):

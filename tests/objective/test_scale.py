@@ -14,14 +14,13 @@ CHANGE = 6
 SGD = {"momentum": 0.0}
 # Without a memory in their moments, which nobody rescales, Adam's steps have no scale at all.
 ADAM = {"betas": (0.0, 0.0), "eps": 1e-30}
-# Its agreement is that with momentum, whose memory is at the old scale.
-PLUS = {"cool_down": 0.0, "confidence": 1e9}
+PLUS = {"cool_down": 0.0}
 OPTIMIZERS = [
     (SaLSaSGD, SGD),
     (SaLSaSGD, {"momentum": 0.9}),
     (SaLSaAdam, ADAM),
-    (SaLSaSGDPlus, {"cool_down": 0.0}),
-    (SaLSaAdamPlus, ADAM | {"betas": (1e-30, 0.0), **PLUS}),
+    (SaLSaSGDPlus, PLUS),
+    (SaLSaAdamPlus, ADAM | PLUS),
     (OneTrialSGD, SGD),
     (OneTrialAdam, ADAM),
 ]
