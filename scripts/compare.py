@@ -87,7 +87,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--candidates",
         nargs="+",
         choices=tuple(CANDIDATES),
-        help="by default all but the parts of former_plus (former_no_clipping, ...) and tried_*, "
+        help="by default all but plus_* and former_no_clipping, ..., which are salsa_adam_plus and "
+        "former_plus without one part, and tried_*, "
         "the rules that were tried before it; preset study: those beside four others",
     )
     parser.add_argument("--glue_dir", help="GLUE's own files; by default GLUE comes from the hub")
@@ -124,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             labels={name: c.label for name, c in CANDIDATES.items() if name not in ABLATIONS},
             tasks=tuple(PRESETS[args.preset]),
             command=command_of(args.preset),
-            ablations={name: CANDIDATES[name].label for name in (ABLATED, *ABLATIONS)},
+            ablations=[
+                {name: CANDIDATES[name].label for name in (whole, *parts)}
+                for whole, parts in ABLATED.items()
+            ],
             chosen=CHOSEN,
             references=(HEAD_FIRST, CALIBRATED),
             same_runs={

@@ -23,10 +23,10 @@ from hf_salsa.optimizers import LineSearchOptimizer
 CALIBRATED = "adamw_calibrated"
 HEAD_FIRST = "adamw_head_first"
 SWEPT = (CALIBRATED, HEAD_FIRST)  # with the best of the task's rates
-ABLATED = "former_plus"
+FORMER = "former_plus"
 NAMES = {kind: name for name, kind in OPTIMIZERS.items()}
 PLUS = NAMES[SaLSaAdamPlus]
-CHOSEN = (NAMES[SaLSaAdam], PLUS, ABLATED, CALIBRATED)  # their step sizes are drawn apart
+CHOSEN = (NAMES[SaLSaAdam], PLUS, FORMER, CALIBRATED)  # their step sizes are drawn apart
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def trained_as(name: str, task: Task) -> str:
 
 
 def _without(part: str, **options: Any) -> Candidate:
+    """Return `salsa_adam_plus` without one of its parts."""
+    return Candidate(part, optimizer=SaLSaAdamPlus, options=options)
+
+
+def _former_without(part: str, **options: Any) -> Candidate:
     """Return the former rule without one of its parts."""
     return Candidate(part, optimizer=FormerPlusAdam, options=options)
 
@@ -92,17 +97,30 @@ def _label(name: str) -> str:
     return " ".join([base, "+", method, *map(str.lower, variant)])
 
 
-ABLATIONS = {
-    "former_slow_growth": _without("without fast growth", confidence=1e9),
-    "former_any_growth": _without("with fast growth at all times", confidence=-1e9),
-    "former_full_start": _without("started at the first step size found", first_share=1.0),
-    "former_gradient": _without("tested along the gradient", direction="gradient"),
-    "former_no_averages": _without("without averages", beta3=0.0),
-    "former_no_cool_down": _without("without cool-down", cool_down=0.0),
+_OF_PLUS = {
+    "plus_no_head_first": _without("without head first", head_first=0),
+    "plus_no_trust": _without("without the trust region", trust=1e9),
+    "plus_no_reach": _without("without a reach", reach=1e9, reach_after_head=1e9),
+    "plus_one_reach": _without(
+        "with one reach for all", reach_after_head=SaLSaAdamPlus.rule_type.reach
+    ),
+    "plus_full_start": _without("started at the first step size found", first_share=1.0),
+    "plus_no_tail": _without("without the tail", cool_down=0.0),
+}
+_OF_FORMER = {
+    "former_slow_growth": _former_without("without fast growth", confidence=1e9),
+    "former_any_growth": _former_without("with fast growth at all times", confidence=-1e9),
+    "former_full_start": _former_without("started at the first step size found", first_share=1.0),
+    "former_gradient": _former_without("tested along the gradient", direction="gradient"),
+    "former_no_averages": _former_without("without averages", beta3=0.0),
+    "former_no_cool_down": _former_without("without cool-down", cool_down=0.0),
     "former_no_clipping": Candidate(
         "without clipping", {"max_grad_norm": 0.0}, optimizer=FormerPlusAdam
     ),
 }
+# A method, and what is left of it without one part.
+ABLATED = {PLUS: _OF_PLUS, FORMER: _OF_FORMER}
+ABLATIONS = _OF_PLUS | _OF_FORMER
 TRIED = {
     "tried_cool_down": _tried("SaLSa, cooled down", SaLSaAdam, cool_down=0.6),
     "tried_momentum": _tried("SaLSa along Adam's direction", SaLSaAdam, direction="momentum"),
@@ -132,7 +150,7 @@ CANDIDATES = {
         name: Candidate(_label(name), {"optim": name})
         for name in sorted(OPTIMIZERS, key=lambda name: not name.startswith("sls"))
     },
-    ABLATED: Candidate("former plus", optimizer=FormerPlusAdam),
+    FORMER: Candidate("former plus", optimizer=FormerPlusAdam),
     "former_plus_head_first": Candidate(
         "former plus, head first",
         optimizer=FormerPlusAdam,
@@ -192,5 +210,5 @@ CANDIDATES = {
     **ABLATIONS,
     **TRIED,
 }
-STUDIED = (CALIBRATED, "schedule_free", NAMES[SaLSaAdam], ABLATED, *TRIED)
+STUDIED = (CALIBRATED, "schedule_free", NAMES[SaLSaAdam], FORMER, *TRIED)
 BY_DEFAULT = tuple(name for name in CANDIDATES if name not in ABLATIONS | TRIED)

@@ -18,7 +18,7 @@ def write_report(
     labels: Mapping[str, str],
     tasks: Sequence[str],
     command: str,
-    ablations: Mapping[str, str],
+    ablations: Sequence[Mapping[str, str]],
     chosen: Sequence[str],
     references: Sequence[str] = (),
     same_runs: Mapping[tuple[str, str], str] | None = None,
@@ -31,8 +31,8 @@ def write_report(
         labels: Candidate -> what readers call it, in the order of the columns.
         tasks: The tasks in the order of the rows.
         command: What repeats the comparison.
-        ablations: A method of `labels`, and what is left of it without one part -> what readers
-            call it.
+        ablations: For each such method of `labels`, itself and what is left of it without one part
+            -> what readers call it.
         chosen: Candidates whose step sizes are drawn apart from the others'.
         references: All are compared with the first of these that has runs.
         same_runs: As in `Comparison`, like `chances`.

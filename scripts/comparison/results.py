@@ -55,8 +55,8 @@ class Comparison:
 
     Attributes:
         labels: Candidate that has runs -> what readers call it.
-        ablations: Likewise, a method and what is left of it without one part: empty if no part
-            was left out.
+        ablations: Likewise, methods and what is left of them without one part; those of which a
+            part was left out.
         swept: The first of `labels` whose rate was searched, if one's was.
         compared: The tasks with runs of `labels`.
         chances: Task -> the metric of the best answer that is always the same.
@@ -65,7 +65,8 @@ class Comparison:
         output_dir: Where the results are.
         labels: Candidate -> what readers call it.
         tasks: The tasks that there may be.
-        ablations: A method, and what is left of it without one part -> what readers call it.
+        ablations: For each such method, itself and what is left of it without one part -> what
+            readers call it.
         same_runs: Task and candidate -> the candidate whose runs are its runs too.
         chances: As above.
     """
@@ -75,7 +76,7 @@ class Comparison:
         output_dir: Path,
         labels: Mapping[str, str],
         tasks: Sequence[str],
-        ablations: Mapping[str, str],
+        ablations: Sequence[Mapping[str, str]],
         same_runs: Mapping[tuple[str, str], str] | None = None,
         chances: Mapping[str, float] | None = None,
     ) -> None:
@@ -98,8 +99,8 @@ class Comparison:
         self.tasks = [task for task in tasks if task in of_tasks]
         present = {run["candidate"] for run in self.runs}
         self.labels = {name: label for name, label in labels.items() if name in present}
-        parts = {name: label for name, label in ablations.items() if name in present}
-        self.ablations = parts if set(parts) - set(labels) else {}
+        parts = [{n: label for n, label in some.items() if n in present} for some in ablations]
+        self.ablations = [some for some in parts if set(some) - set(labels)]
         calibrated = {run["candidate"] for run in self.calibrations}
         self.swept = next((name for name in labels if name in calibrated), None)
         compared = {run["task"] for run in self.runs if run["candidate"] in labels}

@@ -171,23 +171,22 @@ def sweep_section(comparison: Comparison) -> list[str]:
 
 
 def ablation_section(comparison: Comparison) -> list[str]:
-    """Return a method beside what is left of it without one of its parts."""
-    names = comparison.ablations
-    rows = []
-    for task in comparison.tasks:
-        losses = comparison.cells(task, "final_training_loss", names)
-        metrics = comparison.cells(task, "peak_metric", names)
-        if len(losses) > 1:
-            cells = {name: f"{losses[name].show(4)} / {metrics[name].show(4)}" for name in losses}
-            row = [comparison.title(task), seeds_of(losses)]
-            rows.append([*row, *(cells.get(name, "") for name in names)])
-    if not rows:
+    """Return methods beside what is left of them without one of their parts."""
+    found = []
+    for names in comparison.ablations:
+        rows = []
+        for task in comparison.tasks:
+            losses = comparison.cells(task, "final_training_loss", names)
+            metrics = comparison.cells(task, "peak_metric", names)
+            if len(losses) > 1:
+                cells = {n: f"{losses[n].show(4)} / {metrics[n].show(4)}" for n in losses}
+                row = [comparison.title(task), seeds_of(losses)]
+                rows.append([*row, *(cells.get(name, "") for name in names)])
+        if rows:
+            found.append(markdown(["", "seeds", *names.values()], rows))
+    if not found:
         return []
-    return [
-        "## Without one of its parts",
-        "Final training loss / peak metric.",
-        markdown(["", "seeds", *names.values()], rows),
-    ]
+    return ["## Without one of its parts", "Final training loss / peak metric.", *found]
 
 
 def calibration_table(comparison: Comparison) -> list[str]:

@@ -18,7 +18,7 @@ from comparison_helpers import SMOKE, carry_out, prose_run
 from support.text import DataArguments, load_texts
 from transformers import TrainingArguments
 
-from hf_salsa import OPTIMIZERS, SaLSaAdam
+from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 from hf_salsa.head import find_head
 from hf_salsa.training_args import resolved_max_grad_norm
 
@@ -38,7 +38,7 @@ def trainer_of(run):
 
 
 def test_ablations_are_the_former_rule_without_one_part(tmp_path):
-    assert ABLATIONS.keys() == candidates.ABLATIONS.keys()
+    assert ABLATIONS.keys() == candidates.ABLATED["former_plus"].keys()
     assert {*candidates.ABLATIONS, *candidates.TRIED, *BY_DEFAULT} == set(CANDIDATES)
     assert not {*candidates.ABLATIONS, *candidates.TRIED} & set(BY_DEFAULT)
     whole = FormerPlusAdam([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
@@ -55,6 +55,18 @@ def test_ablations_are_the_former_rule_without_one_part(tmp_path):
         arguments = {} if clipped else {"max_grad_norm": 0.0}
         expected = {"rule": "FormerPlusAdam", **arguments, **changed}
         assert run.configuration["candidate"] == expected
+
+
+@pytest.mark.parametrize("name", candidates.ABLATED["salsa_adam_plus"])
+def test_an_ablation_is_salsa_adam_plus_with_other_settings(tmp_path, name):
+    whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    run = prose_run(tmp_path, name)
+    optimizer = trainer_of(run).create_optimizer()
+    assert type(optimizer) is SaLSaAdamPlus
+    (group,) = optimizer.param_groups
+    changed = {k: v for k, v in group.items() if k != "params" and v != whole[k]}
+    assert changed == candidates.CANDIDATES[name].options != {}
+    assert run.configuration["candidate"] == {"rule": "SaLSaAdamPlus", **changed}
 
 
 def test_the_study_is_of_the_rules_that_were_tried():

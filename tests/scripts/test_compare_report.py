@@ -74,7 +74,7 @@ def test_tables_by_hand(tmp_path):
             peak_metric=metric,
         )
     labels = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
-    write_report(tmp_path, labels, tuple(SMOKE), "the command", {}, ())
+    write_report(tmp_path, labels, tuple(SMOKE), "the command", [], ())
     report = (tmp_path / "README.md").read_text()
     assert "```bash\nthe command\n```" in report
     tables = {}
@@ -164,7 +164,7 @@ def test_ablations_are_a_table_of_their_own(tmp_path):
     for candidate, loss in (("former_plus", 1.0), ("former_gradient", 2.0)):
         write_results(tmp_path, candidate, 0, final_training_loss=loss, peak_metric=loss + 0.5)
         write_results(tmp_path, candidate, 1, final_training_loss=loss, peak_metric=loss + 0.5)
-    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
+    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", [ablations], ())
     report = (tmp_path / "README.md").read_text()
     assert report.count("along the gradient") == 1
     assert "|  | seeds | plus | along the gradient |" in report
@@ -176,7 +176,7 @@ def test_ablations_are_a_table_of_their_own(tmp_path):
 @pytest.mark.parametrize("chosen", [("salsa_adam",), ("sgd",)])
 def test_step_sizes_are_drawn_apart_of_what_has_run(tmp_path, chosen):
     write_results(tmp_path, "salsa_adam", 0)
-    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, chosen)
+    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", [], chosen)
     has_run = chosen == ("salsa_adam",)
     assert (tmp_path / "chosen_step_sizes.png").is_file() is has_run
     assert ("(chosen_step_sizes.png)" in (tmp_path / "README.md").read_text()) is has_run
@@ -185,7 +185,7 @@ def test_step_sizes_are_drawn_apart_of_what_has_run(tmp_path, chosen):
 def test_no_table_of_ablations_without_one(tmp_path):
     write_results(tmp_path, "former_plus", 0)
     ablations = {"former_plus": "plus", "former_gradient": "along the gradient"}
-    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", ablations, ())
+    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", [ablations], ())
     assert "Without one of its parts" not in (tmp_path / "README.md").read_text()
 
 
@@ -193,9 +193,9 @@ def test_a_report_of_calibrations_alone(tmp_path):
     """While the grid is being filled."""
     folder = f"{CALIBRATED}_at_0.001"
     write_results(tmp_path, CALIBRATED, 100, folder=folder, rate=1e-3, peak_metric=1.25)
-    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, ())
+    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", [], ())
     report = (tmp_path / "README.md").read_text()
     assert "| Prose | 1.2500 / 1.0000 |" in report
     write_results(tmp_path, "salsa_adam", 0, task="digits")
-    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", {}, ())
+    write_report(tmp_path, LABELS, tuple(SMOKE), "the command", [], ())
     assert "| Digits | 1 | **1.0000** |" in (tmp_path / "README.md").read_text()

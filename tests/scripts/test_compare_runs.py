@@ -80,7 +80,7 @@ def test_a_failure_is_a_result(tmp_path, monkeypatch):
     assert results["error"] == "FloatingPointError: 20 steps in a row were skipped"
     assert "losses" not in results
     carry_out(prose_run(tmp_path, "salsa_sgd"))
-    write_report(tmp_path, LABELS, tuple(SMOKE), "command", {}, ())
+    write_report(tmp_path, LABELS, tuple(SMOKE), "command", [], ())
     report = (tmp_path / "README.md").read_text()
     assert "| failed |" in report
     assert "- Prose, prodigy, rate None, seed 0: FloatingPointError: 20 steps" in report
