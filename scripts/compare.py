@@ -30,9 +30,10 @@ of five peak rates, found on seeds of their own (adamw_calibrated); the same wit
 trained first (adamw_head_first: where there is none, its runs are those of adamw_calibrated); with
 Trainer's defaults (adamw_default: 5e-5, linear); by the folk rule (adamw_folk: 1e-4 for a new head
 on a trained body, else 3e-3, cosine). Schedule-Free AdamW and Prodigy: with their defaults, and as
-their authors advise (schedule_free_warmup: warm-up, three times the folk rule's rate, statistics of
-batch normalisation found anew before an evaluation; prodigy_cosine: use_bias_correction,
-safeguard_warmup, cosine). And the package of the paper's authors. The rivals come with
+their authors advise (schedule_free_warmup: warm-up, 3e-4 for a new head on a trained body, else
+their default of 2.5e-3, statistics of batch normalisation found anew before an evaluation;
+prodigy_cosine: use_bias_correction, safeguard_warmup, cosine). And the package of the paper's
+authors. The rivals come with
     pip install hf_salsa[compare]
 
 Each run leaves <output_dir>/<task>/<candidate>/seed_<seed>/results.json: its configuration, the

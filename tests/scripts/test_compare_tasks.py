@@ -60,7 +60,7 @@ def test_adapters_are_all_that_is_trained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("candidate", ["former_plus_head_first", "adamw_head_first", "salsa_adam"])
+@pytest.mark.parametrize("candidate", ["former_plus_head_first", "adamw_head_first"])
 def test_a_pretrained_network_of_images_trains(tmp_path, candidate):
     be_quiet()
     task = PRESETS["cpu"]["efficientnet"]
