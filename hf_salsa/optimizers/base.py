@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -310,9 +310,9 @@ class LineSearchOptimizer(Direction, Evaluating):
         else:
             state, run = self._carried_over(closure, state, run)
             state = replace(state, steps_since_search=state.steps_since_search + 1)
+            if self.rule_type.looks_back and state.search_due:
+                self._keep_weights()
         run = replace(run, steps=run.steps + 1, head_applied=0.0)
-        if self.rule_type.looks_back and state.search_due:
-            self._keep_weights()
         step_size = self._applied(state, run)
         for group in self.param_groups:
             updates.apply(self.take_step, group, self._state_of, step_size, found_inf)
@@ -324,19 +324,25 @@ class LineSearchOptimizer(Direction, Evaluating):
     def _search(
         self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState
     ) -> tuple[Tensor | float | None, RuleState, RunState]:
+        backups: dict[Tensor, Tensor] | None = self._backups
+        known = state.step_size_known
+        if self.rule_type.looks_back:
+            # No step was taken yet: then w_{k-1} is w_k, and one memory serves both. Later there is
+            # none for trial points until one is written.
+            backups = None if known else self._keep_weights()
         chunks = list(
             cut(
                 self.param_groups,
                 state_of=self._state_of,
                 step_numbers=self.step_numbers,
-                backups=self._backups,
+                backups=backups,
             )
         )
-        first = not state.step_size_known and not self._derivative_checked
+        first = not known and not self._derivative_checked
         evaluate = self._evaluation(closure)
         loss, run = self._known(loss, evaluate, chunks, first and not run.head_step_size, run)
-        epsilon, before = spacing(loss, chunks), state
-        measure = partial(evaluate.measured, loss=float(loss), epsilon=epsilon)
+        value, epsilon, before = float(loss), spacing(loss, chunks), state
+        measure = partial(evaluate.measured, loss=value, epsilon=epsilon)
         state, run = self._carried_over(closure, state, run, measure)
         with TrialPoints(chunks, self.direction) as points:
             line = evaluate.line(
@@ -344,7 +350,7 @@ class LineSearchOptimizer(Direction, Evaluating):
                 self._measure,
                 self.rule,
                 state,
-                loss=float(loss),
+                loss=value,
                 epsilon=epsilon,
                 last_factor=self._factor(run),
                 step=run.steps - run.run_start,
@@ -367,6 +373,8 @@ class LineSearchOptimizer(Direction, Evaluating):
             searched = replace(searched, search_interval=1)
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
+        elif self.rule_type.looks_back and known:
+            self._keep_weights(points.kept)
         return loss, searched, replace(run, trials=run.trials + evaluate.count)
 
     def _train_head(
@@ -377,18 +385,22 @@ class LineSearchOptimizer(Direction, Evaluating):
         for group in self.param_groups:
             for param in group["params"]:
                 self._state_of(param, group)  # checkpoints hold that of all parameters or of none
-        if self.rule_type.looks_back:
-            self._keep_weights()  # the step of the head is none to look back to
         self._write(state, run)
         return loss
 
-    def _measure(self, chunk: Chunk) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement."""
-        if self.rule_type.wants_agreement:
+    def _measure(self, chunk: Chunk) -> tuple[list[Tensor] | None, list[list[Tensor]]]:
+        """Return -d_k of a chunk, and <g_k, -d_k> and, for rules that want it, the agreement.
+
+        No -d_k for rules that look back: most of their searches end without a trial point.
+        """
+        blind, wants_agreement = not self.rule_type.looks_back, self.rule_type.wants_agreement
+        if wants_agreement and not blind:
+            return None, list(self.slope_and_agreement(chunk))
+        if wants_agreement:
             direction, agreement = self.direction_and_agreement(chunk)
             return direction, [dots(chunk.grads, direction), agreement]
         direction = self.direction(chunk)
-        return direction, [dots(chunk.grads, direction)]
+        return direction if blind else None, [dots(chunk.grads, direction)]
 
     def _ready(self, closure: Closure | None, params: list[Tensor]) -> Closure:
         """Raise a `RuntimeError` if there is no loss, or no gradient, or no end to cool down to."""
@@ -446,12 +458,22 @@ class LineSearchOptimizer(Direction, Evaluating):
             self.state[param] = state
         return self.state[param]  # type: ignore[no-any-return]
 
-    def _keep_weights(self) -> None:
-        """Remember w_k for a search at the coming step, which looks back to it."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    self._state_of(param, group)[PREVIOUS].copy_(param)
+    def _keep_weights(self, kept: Collection[Tensor] = ()) -> dict[Tensor, Tensor]:
+        """Remember w_k for a search at the coming step, which looks back to it; return where.
+
+        Args:
+            kept: Parameters for which that is done.
+        """
+        memory = {
+            param: self._state_of(param, group)[PREVIOUS]
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad
+        }
+        for param, previous in memory.items():
+            if param not in kept:
+                previous.copy_(param)
+        return memory
 
     def _read(self) -> tuple[RuleState, RunState]:
         group = self.param_groups[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..rules import Line, RuleState, StepSizeRule
 from . import messages
 from .scale import NOT_A_SUM, NOT_KNOWN, SUM, Parts
-from .tensors import gradients_aside
+from .tensors import gradients_aside, numbers
 from .trial_points import Chunk, Measure, TrialPoints
 
 Closure: TypeAlias = Callable[[], Tensor | float]
@@ -158,7 +158,7 @@ class Evaluation:
         epsilon: float,
         **of_run: Any,
     ) -> Line:
-        """Return what the rule may know, with the first trial point written already.
+        """Return what the rule may know, with the first trial point written if `measure` says so.
 
         Args:
             points: The way to the trial points.
@@ -179,8 +179,9 @@ class Evaluation:
             return float(self())
 
         def look_back() -> tuple[float, float]:
-            slope = unclipped(points.undo_last_step())
-            return float(self()), slope
+            slope = points.undo_last_step()
+            before, slope_before = numbers(self(), slope)
+            return before, unclipped(slope_before)
 
         slope, *agreement = points.first(rule.first_trial(state), measure)
         line = Line(

@@ -23,6 +23,11 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the type in which sums are taken: float64, which MPS does not know."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a `DTensor`."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -76,7 +81,7 @@ def sum_over_shards(columns: list[list[Tensor]], params: list[Tensor]) -> Tensor
         layout = (param.device_mesh, param.placements) if is_sharded(param) else None
         rows.setdefault((layout, columns[0][row].device), []).append(row)
     device = columns[0][0].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not know
+    dtype = widest(device)
     total = torch.zeros(len(columns), dtype=dtype, device=device)
     for (layout, _), of_layout in rows.items():
         part = torch.stack(
@@ -93,6 +98,15 @@ def _sum_over_mesh(part: Tensor, mesh: Any, placements: Any) -> Tensor:
 
     partial = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
     return DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
+
+
+def numbers(*values: Tensor | float) -> list[float]:
+    """Return plain numbers; those on one device are read at once, since reading may wait for it."""
+    tensors = [value.reshape(()) for value in values if isinstance(value, Tensor)]
+    if len(tensors) < len(values) or len({t.device for t in tensors}) > 1:
+        return list(map(float, values))
+    dtype = widest(tensors[0].device)
+    return torch.stack([t.to(dtype) for t in tensors]).tolist()  # type: ignore[no-any-return]
 
 
 def dots(gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ _SMALLEST_CHUNK = 2**18
 PREVIOUS = "previous"
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """Pieces of parameters of one dtype, and the gradients, backups and states that go with them.
 
@@ -27,7 +27,7 @@ class Chunk:
         owners: The parameters that the pieces are cut from.
         params: The pieces of the parameters themselves; to write them is to write the parameters.
         grads: Of their gradients.
-        backups: Of the memory for w_k.
+        backups: Of the memory for w_k; empty until it is needed, where `cut` was given none.
         states: Of each tensor of the optimizer's state, by its name.
     """
 
@@ -40,7 +40,8 @@ class Chunk:
     states: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-Measure = Callable[[Chunk], tuple[list[Tensor], list[list[Tensor]]]]
+# Returns -d_k of a chunk, if a first trial point is to be written, and lists of one number a piece.
+Measure = Callable[[Chunk], tuple[list[Tensor] | None, list[list[Tensor]]]]
 Direction = Callable[[Chunk], list[Tensor]]
 
 
@@ -49,7 +50,7 @@ def cut(
     *,
     state_of: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
     step_numbers: Callable[[list[Tensor], dict[str, Any]], list[int]],
-    backups: dict[Tensor, Tensor],
+    backups: dict[Tensor, Tensor] | None,
 ) -> Iterator[Chunk]:
     """Cut what has gradients into chunks of bounded size, at w_k.
 
@@ -57,7 +58,8 @@ def cut(
         groups: The parameter groups.
         state_of: Returns the state of a parameter.
         step_numbers: Returns k of each parameter of a group for the coming step.
-        backups: Parameter -> memory of its shape, for w_k; made here where it is missing.
+        backups: Parameter -> memory of its shape, for w_k; made here where it is missing. None:
+            made when a trial point is written.
     """
     present = [(g, [p for p in g["params"] if p.grad is not None]) for g in groups]
     total = sum(p.numel() for _, params in present for p in params if p.device.type != "cpu")
@@ -65,11 +67,13 @@ def cut(
     for group, params in present:
         chunk, size = Chunk(group, 0), 0
         for param, step in zip(params, step_numbers(params, group), strict=True):
-            if param not in backups:
-                backups[param] = torch.empty_like(param)
             tensors = {n: t for n, t in state_of(param, group).items() if n != "step"}
-            columns = [param, param.grad, backups[param], *tensors.values()]
-            for weight, grad, backup, *states in pieces(list(map(local, columns)), limit):
+            columns = [param, param.grad, *tensors.values()]
+            if backups is not None:
+                if param not in backups:
+                    backups[param] = torch.empty_like(param)
+                columns.append(backups[param])
+            for weight, grad, *others in pieces(list(map(local, columns)), limit):
                 full = size + weight.numel() > limit or step != chunk.step
                 if chunk.params and (full or weight.dtype != chunk.params[0].dtype):
                     yield chunk
@@ -78,9 +82,9 @@ def cut(
                 chunk.owners.append(param)
                 chunk.params.append(weight)
                 chunk.grads.append(grad)
-                chunk.backups.append(backup)
-                for name, piece in zip(tensors, states, strict=True):
+                for name, piece in zip(tensors, others, strict=False):
                     chunk.states.setdefault(name, []).append(piece)
+                chunk.backups += others[len(tensors) :]
                 size += weight.numel()
         if chunk.params:
             yield chunk
@@ -89,7 +93,9 @@ def cut(
 class TrialPoints:
     """A context in which the weights may leave w_k. Afterwards they are w_k, bit for bit.
 
-    They come back from a copy, never by subtracting, whatever is raised inside.
+    They come back from a copy, never by subtracting, whatever is raised inside. At a trial point
+    the copy is the chunks' backup. At w_{k-1} it is the memory in which the optimizer keeps that:
+    the weights have changed places, so that looking back takes no memory of its own.
 
     Args:
         chunks: What may move.
@@ -99,42 +105,58 @@ class TrialPoints:
     def __init__(self, chunks: list[Chunk], direction: Direction) -> None:
         self._chunks = chunks
         self._direction = direction
-        self._backed_up: list[Chunk] = []
+        self._backed_up: set[Chunk] = set()  # their backups hold w_k
         self._written: float | None = None  # the step size at which the weights are
+        self._exchanged: set[Chunk] = set()  # their weights are w_{k-1}, `previous` holds w_k
+        # An exchange that has begun: the weights as they were, and what is exchanged at its end.
+        self._half: tuple[Chunk, list[Tensor], set[Chunk]] | None = None
 
     def __enter__(self) -> "TrialPoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for chunk in self._backed_up:
-            torch._foreach_copy_(chunk.params, chunk.backups)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._finish_exchange()
+        if kind is not None:
+            self._start()  # `previous` is w_{k-1} again, as the step is not taken
+        for chunk in self._exchanged:
+            torch._foreach_copy_(chunk.params, chunk.states[PREVIOUS])
+        if not self._exchanged:
+            self._restore()
+
+    @property
+    def kept(self) -> set[Tensor]:
+        """The parameters whose `previous` holds w_k, at the end."""
+        return {owner for chunk in self._exchanged for owner in chunk.owners}
 
     def first(self, step_size: float, measure: Measure) -> list[float]:
-        """Move to w_k + step_size * d_k and return sums over all of what `measure` found.
+        """Return sums over all of what `measure` found, and if it says so write a trial point.
 
         One pass over memory makes the backup, the measurements and the first trial point.
 
         Args:
             step_size: eta of the first trial point.
-            measure: Returns -d_k of a chunk, and lists of one number per piece.
+            measure: Returns -d_k of a chunk, or None: then the weights stay where they are; and
+                lists of one number per piece.
         """
         columns: list[list[Tensor]] = []
         owners: list[Tensor] = []
         for chunk in self._chunks:
-            torch._foreach_copy_(chunk.backups, chunk.params)
-            self._backed_up.append(chunk)
             direction, found = measure(chunk)
             columns = columns or [[] for _ in found]
             for column, numbers in zip(columns, found, strict=True):
                 column += numbers
             owners += chunk.owners
-            move(chunk, direction, step_size)
-        self._written = step_size
+            if direction is not None:
+                self._back_up(chunk)
+                move(chunk, direction, step_size)
+                self._written = step_size
         sums: list[float] = sum_over_shards(columns, owners).tolist()
         return sums
 
     def move_to(self, step_size: float) -> None:
         """Move to w_k + step_size * d_k."""
+        if self._exchanged:
+            self._start()
         written, self._written = self._written, step_size
         if step_size == written:
             return
@@ -146,23 +168,70 @@ class TrialPoints:
                 # where what the smaller step lost in rounding would grow.
                 torch._foreach_lerp_(chunk.params, chunk.backups, 1 - step_size / written)
             else:
-                torch._foreach_copy_(chunk.params, chunk.backups)
+                if chunk in self._backed_up:
+                    torch._foreach_copy_(chunk.params, chunk.backups)
+                else:
+                    self._back_up(chunk)
                 move(chunk, self._direction(chunk), step_size)
 
-    def undo_last_step(self) -> float:
+    def undo_last_step(self) -> Tensor:
         """Move to w_{k-1}, the weights before the last step u, and return <g_k, u>."""
-        self._written = None
+        self._start()
         products: list[Tensor] = []
         for chunk in self._chunks:
-            previous = chunk.states[PREVIOUS]
             steps = [
-                b.to(torch.promote_types(b.dtype, torch.float32)) - p
-                for b, p in zip(chunk.backups, previous, strict=True)
+                w.to(torch.promote_types(w.dtype, torch.float32)) - p
+                for w, p in zip(chunk.params, chunk.states[PREVIOUS], strict=True)
             ]
             products += dots(chunk.grads, steps)
-            torch._foreach_copy_(chunk.params, previous)
+            del steps  # before the exchange takes as much again
+            self._exchange(chunk)
         owners = [owner for chunk in self._chunks for owner in chunk.owners]
-        return float(sum_over_shards([products], owners))
+        return sum_over_shards([products], owners).squeeze(0)
+
+    def _back_up(self, chunk: Chunk) -> None:
+        if not chunk.backups:
+            chunk.backups = [torch.empty_like(p) for p in chunk.params]
+        torch._foreach_copy_(chunk.backups, chunk.params)
+        self._backed_up.add(chunk)
+
+    def _restore(self) -> None:
+        for chunk in self._backed_up:
+            torch._foreach_copy_(chunk.params, chunk.backups)
+
+    def _start(self) -> None:
+        """Move to w_k, from wherever the weights are."""
+        for chunk in self._chunks:
+            if chunk in self._exchanged:
+                self._exchange(chunk)
+        if self._written is not None:
+            self._restore()
+        self._written = None
+
+    def _exchange(self, chunk: Chunk) -> None:
+        """Let weights and `previous` change places, in place: who holds the memory notices none."""
+        weights = [torch.empty_like(w) for w in chunk.params]
+        torch._foreach_copy_(weights, chunk.params)
+        self._half = chunk, weights, self._exchanged ^ {chunk}
+        torch._foreach_copy_(chunk.params, chunk.states[PREVIOUS])
+        torch._foreach_copy_(chunk.states[PREVIOUS], weights)
+        self._finished()
+
+    def _finish_exchange(self) -> None:
+        """Finish an exchange that an exception (Ctrl-C) left half done."""
+        if self._half is None:
+            return
+        chunk, weights, _ = self._half
+        previous = chunk.states[PREVIOUS]
+        if not all(map(torch.equal, previous, weights)):  # else all of it was done
+            torch._foreach_copy_(chunk.params, previous)
+            torch._foreach_copy_(previous, weights)
+        self._finished()
+
+    def _finished(self) -> None:
+        assert self._half is not None
+        self._exchanged = self._half[2]
+        self._half = None
 
 
 def move(chunk: Chunk, direction: list[Tensor], step_size: float) -> None:

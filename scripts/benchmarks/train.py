@@ -13,6 +13,11 @@ that other jobs share, time on the processor is steadier than time on the clock:
 
 The package of the paper's authors is measured where it is installed:
     pip install hf_salsa[compare]
+
+Whole short jobs, as a user runs them, on the clock and on the processor: the README's main job (0
+updates: as many as the script makes by itself), and jobs of the size of MRPC and others:
+    python scripts/benchmarks/train.py --jobs prose --updates 0
+    python scripts/benchmarks/train.py --jobs probe --updates 40 115 230 2000
 """
 
 import argparse
@@ -22,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jobs
 import measuring
 import torch
 import workloads
@@ -278,6 +284,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     measuring.add_model_flags(parser, tuple(MODELS), ("minilm", "gpt2"))
     parser.add_argument("--steps", type=int, default=10, help="of a turn, a multiple of 10")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    whole = parser.add_argument_group("whole jobs, instead of steps")
+    whole.add_argument("--jobs", nargs="+", choices=jobs.SCRIPTS, default=[])
+    whole.add_argument("--updates", type=int, nargs="+", default=[40], help="of a job; 0: its own")
+    whole.add_argument("--optims", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)[:1])
     args = measuring.parse(parser, argv)
     if args.steps < 10 or args.steps % 10:
         parser.error(f"--steps {args.steps} is not a multiple of 10, the search interval")
@@ -287,6 +297,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     report = measuring.Report(args)
+    for job in args.jobs:
+        for updates in args.updates:
+            title = f"The whole job {job}, {updates or 'all'} updates"
+            report.add(title, jobs.benchmark(job, args.optims, updates, args.repeats))
+    if args.jobs:
+        return
     with tempfile.TemporaryDirectory() as args.output_dir:
         for model in args.models:
             report.add(f"Training runs, {model}", benchmark_training(model, args))

@@ -20,6 +20,7 @@ from problems import (
 )
 from reference import Parameter, Reference
 
+from hf_salsa.optimizers import trial_points
 from hf_salsa.rules import SearchRecord
 
 
@@ -148,3 +149,53 @@ def test_an_exception_while_looking_back_leaves_the_weights_exactly(cls, error):
     assert same(optimizer.state_dict(), state)
     assert train(optimizer, params, data[3:]) == train(other, undisturbed, data[3:])
     assert same(clones(params), clones(undisturbed))
+
+
+@both_kinds
+@pytest.mark.parametrize("order", ["before", "after", "both"])
+@pytest.mark.parametrize("kernel", ["_foreach_copy_", "empty_like", "_foreach_add_", "dot"])
+def test_an_exception_in_mid_exchange_loses_neither_weights(cls, order, kernel, monkeypatch):
+    """At each call of the kernels that move weights, but for the way back at the end."""
+    monkeypatch.setattr(trial_points, "_SMALLEST_CHUNK", 9)
+    data = list(batches(4, torch.float32))
+
+    def search(stop_at):
+        """Return how often the kernel was called before the way back."""
+        params = parameters(torch.float32)
+        optimizer = make(cls, params, order=order)
+        train(optimizer, params, data[:3])
+        loss_fn = partial(network_loss, params, *data[3])
+        loss = backward(params, loss_fn)
+        start, state, calls, inside = clones(params), snapshot(optimizer), 0, 0
+        function, leave = getattr(torch, kernel), trial_points.TrialPoints.__exit__
+
+        def counted(*args, **kwargs):
+            nonlocal calls
+            result = function(*args, **kwargs)
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+            return result
+
+        def left(*args):
+            nonlocal inside
+            inside = calls
+            leave(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, kernel, counted)
+            patch.setattr(trial_points.TrialPoints, "__exit__", left)
+            patch.setattr(optimizer, "take_step", lambda update: None)
+            if stop_at:
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step(loss_fn, loss=loss)
+                assert same(optimizer.state_dict(), state)
+            else:
+                optimizer.step(loss_fn, loss=loss)
+        assert same(clones(params), start)
+        return inside
+
+    number = search(0)
+    assert number > 3
+    for stop_at in range(1, number + 1):
+        search(stop_at)

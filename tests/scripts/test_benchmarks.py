@@ -118,6 +118,19 @@ def test_whole_runs(tiny, capsys):
     assert "the forward pass alone" in rows
 
 
+def test_whole_jobs(tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    flags = ["--jobs", "probe", "--updates", "3", "--optims", "sls_adam", "--repeats", "2"]
+    train.main([*flags, "--output", str(output)])
+    _, (stock, ours) = json.loads(output.read_text()).values()
+    assert (stock["run"], ours["run"]) == ("adamw_torch_fused", "sls_adam")
+    assert stock["updates"] == ours["updates"] == 3
+    assert stock["wall (quartiles)"] == stock["processor (quartiles)"] == [1.0, 1.0, 1.0]
+    assert stock["extra forwards"] == 0
+    assert ours["extra forwards"] > 3  # each of its steps searches
+    assert "The whole job probe, 3 updates" in capsys.readouterr().out
+
+
 def test_what_is_put_back(tiny, tmp_path, capsys):
     """Of a tiny model's step it is a large part; of a step without a search, nearly nothing."""
     output = tmp_path / "figures.json"
