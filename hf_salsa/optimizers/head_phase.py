@@ -10,27 +10,45 @@ optimizers have, runs from the first update as ever. The phase comes once: an op
 taken a step of its own has it behind it, in a second run too.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
 from torch import Tensor
 
-from ..rules import SaLSa, SaLSaState, SearchRecord
+from ..rules import Line, SaLSa, SaLSaState, SearchRecord, find_first
 from .checks import ask
 from .evaluation import Evaluation, spacing
 from .state import RunState
 from .tensors import dots, moment_dtype
 from .trial_points import Chunk, TrialPoints, cut, move
 
-HEAD_RULE = SaLSa(
-    c=0.3,
-    beta3=0.0,
-    steps_to_double=5,
-    backtrack_factor=0.5,
-    initial_step_size=64.0,  # targets far from 0: a bias of 150 is a few steps away
-    max_search_interval=1,
-)
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule(SaLSa):
+    """`SaLSa` on single mini-batches; the first search goes up, too, from where it starts.
+
+    Targets far from 0, or a bias of 150, are a few steps away then.
+    """
+
+    c: float = 0.3
+    beta3: float = 0.0
+    steps_to_double: float = 5
+    backtrack_factor: float = 0.5
+    max_search_interval: int = 1
+
+    def search(self, state: SaLSaState, line: Line) -> tuple[SearchRecord, SaLSaState]:
+        """Find the largest step size that is accepted."""
+        if state.step_size_known:
+            return super().search(state, line)
+        found, trial_loss, trials, outcome = find_first(line, state.step_size, self.c)
+        after = state.accepted(step_size=found) if outcome == "accepted" else state.failed()
+        return SearchRecord.of(
+            line, after, trial_loss=trial_loss, trials=trials, outcome=outcome
+        ), after
+
+
+HEAD_RULE = HeadRule()
 _LARGEST_SHARE = 10  # the phase is at most one in so many updates of the run
 
 
@@ -101,7 +119,8 @@ def train_head(
     Returns:
         What the search found, and where the phase stands now.
     """
-    state = SaLSaState(run.head_step_size or HEAD_RULE.initial_step_size)
+    known = run.head_step_size
+    state = SaLSaState(known or HEAD_RULE.initial_step_size, searches=int(known > 0))
     with TrialPoints(chunks, _signs) as points:
         line = evaluate.line(
             points, _slope, HEAD_RULE, state, loss=float(loss), epsilon=spacing(loss, chunks)

@@ -9,20 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .rule import Line, Outcome, RuleState, SearchRecord, StepSizeRule, moving_average
+from .first import find_first
+from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
 _BETA = 0.7  # of all averages: searches are few, and a step size that is gone must not count long
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
-_STRIDE = 8  # by which the first search shrinks or grows the step size, before it bisects
-_BISECTIONS = 2
-_MOST_TRIALS = 30  # of the first search
 _FIRST = 10  # searches whose losses are the scale of the loss
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
 _DENSE = 9  # searches in the beginning, before they grow rare
-_RUN = 450  # steps; a shorter run has a share of them
+_RUN = 500  # steps; a shorter run has a share of them
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Plus(StepSizeRule[PlusState]):
     body is ruined by steps that new weights need.
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
-    than 450 steps have their share of the 9, at least 1.
+    than 500 steps have their share of the 9, at least 1.
 
     The loss must not be negative: its size at the start is what a change is measured by.
 
@@ -214,40 +212,19 @@ class Plus(StepSizeRule[PlusState]):
         return mean, math.sqrt(max(0.0, state.first_squares / count - mean * mean))
 
     def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
-        """Find the largest step size that Armijo's criterion accepts, up to a factor of 1.7."""
-        step_size, trial_loss, trials = state.step_size, math.nan, 0
-        accepted, rejected, bisections = 0.0, math.inf, 0
-        outcome: Outcome = "slope" if line.slope <= 0 else "accepted"
-        while outcome == "accepted" and bisections < _BISECTIONS:
-            if step_size * line.slope < line.resolution:
-                outcome = "unresolved"
-                break
-            if trials == _MOST_TRIALS:
-                outcome = "accepted" if accepted else "trials"
-                break
-            trial_loss, trials = line.loss_at(step_size), trials + 1
-            bisections += bool(accepted) and rejected < math.inf
-            decrease = line.loss - trial_loss
-            if math.isfinite(decrease) and decrease >= _C * step_size * line.slope:
-                accepted = step_size
-            else:
-                rejected = step_size
-            if accepted and rejected < math.inf:
-                step_size = math.sqrt(accepted * rejected)
-            else:
-                step_size *= _STRIDE if accepted else 1 / _STRIDE
+        """Find the first step size on one mini-batch, and nothing else of it."""
+        step_size, trial_loss, trials, outcome = find_first(line, state.step_size, _C)
         if outcome == "accepted":
             found = state.accepted(
-                step_size=self.first_share * accepted,
+                step_size=self.first_share * step_size,
                 first_losses=line.loss,
                 first_squares=line.loss * line.loss,
                 started_at=line.step,
             )
         else:
             found = state.failed()
-        return SearchRecord.of(
-            line, found, trial_loss=trial_loss, trials=trials, outcome=outcome
-        ), found
+        record = SearchRecord.of(line, found, trial_loss=trial_loss, trials=trials, outcome=outcome)
+        return record, found
 
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
