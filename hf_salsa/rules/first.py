@@ -14,7 +14,7 @@ def find_first(line: Line, start: float, c: float) -> tuple[float, float, int, O
 
         f(w) - f(w + eta d) >= c eta slope                                               (Eq. 1)
 
-    From 2^-7 to 1e-4 it takes five forward passes.
+    From 2^-7 to 1e-4 it takes six forward passes.
 
     Args:
         line: The loss along the tested direction.
