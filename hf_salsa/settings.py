@@ -118,6 +118,11 @@ SETTINGS = {
         lambda x: x >= 0,
         int,
     ),
+    "step_size_factor": Setting(
+        "By which a parameter group's step size differs from the one that the search finds",
+        "a finite number above 0",
+        lambda x: 0 < x < math.inf,
+    ),
     "head": Setting(
         "Whether a parameter group is the new head", "True or False", lambda x: True, bool
     ),

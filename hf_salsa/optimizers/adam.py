@@ -77,25 +77,6 @@ class LineSearchAdam(LineSearchOptimizer):
         del earlier  # before the direction takes as much again
         return self._preconditioned(chunk, preconditioner), agreement
 
-    def slope_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return <g_k, -d_k> and <g_k, p_k> of each piece, of products of g_k / (sqrt(vhat) + eps).
-
-        The slope is the sum of its parts, so that the direction itself need not be made.
-        """
-        beta1, _ = chunk.group["betas"]
-        correction = 1 - beta1**chunk.step
-        scaled = self._preconditioner(chunk)
-        torch._foreach_mul_(
-            scaled, [g.to(s.dtype) for g, s in zip(chunk.grads, scaled, strict=True)]
-        )
-        slope = dots(chunk.grads, scaled)
-        agreement = dots(chunk.states["exp_avg"], scaled)
-        torch._foreach_mul_(agreement, beta1 / correction)
-        if chunk.group["direction"] != "gradient":
-            torch._foreach_mul_(slope, (1 - beta1) / correction)
-            torch._foreach_add_(slope, agreement)
-        return slope, agreement
-
     def _preconditioned(self, chunk: Chunk, preconditioner: list[Tensor]) -> list[Tensor]:
         """Turn `preconditioner` into -d_k, in its own memory: new tensors cost more than this."""
         beta1, _ = chunk.group["betas"]

@@ -41,7 +41,7 @@ from .state import (
     with_tensors,
     write,
 )
-from .tensors import LOW_PRECISION, dots
+from .tensors import LOW_PRECISION, dots, scaled
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
 
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
@@ -57,8 +57,10 @@ class LineSearchOptimizer(Direction, Evaluating):
 
     Args:
         params: Parameters or parameter groups. A group may have its own values of `options`, but
-            not of `direction` and `head_first`; all groups share one step size. A group with
-            `"head": True` is the new head of `head_first` (`hf_salsa.head_groups` makes it).
+            not of `direction` and `head_first`. All groups share one step size; a group with
+            `"step_size_factor": 0.1` (above 0; default 1) takes a tenth of it, as layer-wise decay
+            and LoRA+ ask for. A group with `"head": True` is the new head of `head_first`
+            (`hf_salsa.head_groups` makes it).
         total_steps: Steps of the run, at least 1. None (default): not known, `plan()` will say.
         settings: By keyword: the settings of the rule, and `options` of the direction.
 
@@ -88,7 +90,7 @@ class LineSearchOptimizer(Direction, Evaluating):
         state = self.rule_type.state_type(rule.initial_step_size)
         run = RunState(run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **vars(rule), **options, **vars(state), **vars(run)}
-        defaults["head"] = False
+        defaults |= {"head": False, "step_size_factor": 1.0}
         self._reset_transients()
         super().__init__(params, defaults)
 
@@ -315,7 +317,8 @@ class LineSearchOptimizer(Direction, Evaluating):
         run = replace(run, steps=run.steps + 1, head_applied=0.0)
         step_size = self._applied(state, run)
         for group in self.param_groups:
-            updates.apply(self.take_step, group, self._state_of, step_size, found_inf)
+            own = step_size * group["step_size_factor"]
+            updates.apply(self.take_step, group, self._state_of, own, found_inf)
         if found_inf is None:
             run = replace(run, consecutive_skips=0)
         self._write(state, run)
@@ -344,7 +347,7 @@ class LineSearchOptimizer(Direction, Evaluating):
         value, epsilon, before = float(loss), spacing(loss, chunks), state
         measure = partial(evaluate.measured, loss=value, epsilon=epsilon)
         state, run = self._carried_over(closure, state, run, measure)
-        with TrialPoints(chunks, self.direction) as points:
+        with TrialPoints(chunks, self._tested) as points:
             line = evaluate.line(
                 points,
                 self._measure,
@@ -394,13 +397,19 @@ class LineSearchOptimizer(Direction, Evaluating):
         No -d_k for rules that look back: most of their searches end without a trial point.
         """
         blind, wants_agreement = not self.rule_type.looks_back, self.rule_type.wants_agreement
-        if wants_agreement and not blind:
-            return None, list(self.slope_and_agreement(chunk))
+        agreement: list[list[Tensor]] = []
         if wants_agreement:
-            direction, agreement = self.direction_and_agreement(chunk)
-            return direction, [dots(chunk.grads, direction), agreement]
-        direction = self.direction(chunk)
-        return direction if blind else None, [dots(chunk.grads, direction)]
+            direction, found = self.direction_and_agreement(chunk)
+            agreement = [scaled(found, chunk.group["step_size_factor"])]
+            direction = scaled(direction, chunk.group["step_size_factor"])
+        else:
+            direction = self._tested(chunk)
+        slope = dots(chunk.grads, direction)
+        return direction if blind else None, [slope, *agreement]
+
+    def _tested(self, chunk: Chunk) -> list[Tensor]:
+        """Return -d_k of a chunk, by the factor of its group."""
+        return scaled(self.direction(chunk), chunk.group["step_size_factor"])
 
     def _ready(self, closure: Closure | None, params: list[Tensor]) -> Closure:
         """Raise a `RuntimeError` if there is no loss, or no gradient, or no end to cool down to."""

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .tensors import dots
 from .trial_points import Chunk
 from .updates import Update
 
@@ -33,11 +32,6 @@ class Direction:
     def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
         """Return what `direction` does, and <g_k, p_k> of each piece (see `Line.agreement`)."""
         raise NotImplementedError
-
-    def slope_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return <g_k, -d_k> and <g_k, p_k> of each piece, where no trial point is written."""
-        direction, agreement = self.direction_and_agreement(chunk)
-        return dots(chunk.grads, direction), agreement
 
     def rescale(self, growth: float) -> None:
         """Carry what a step keeps of earlier gradients over to a loss `growth` times as large.

@@ -57,18 +57,6 @@ class LineSearchSGD(LineSearchOptimizer):
         earlier = list(torch._foreach_mul(buffers, chunk.group["momentum"]))  # p_k
         return self.direction(chunk), dots(chunk.grads, earlier)
 
-    def slope_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return <g_k, -d_k> and <g_k, p_k> of each piece: the slope is the sum of its parts."""
-        wide = [g.float() if g.dtype in LOW_PRECISION else g for g in chunk.grads]
-        slope = dots(wide, wide)
-        if not chunk.group["momentum"]:
-            return slope, [g.new_zeros(()) for g in wide]
-        agreement = dots(wide, chunk.states["momentum_buffer"])
-        torch._foreach_mul_(agreement, chunk.group["momentum"])
-        if chunk.group["direction"] != "gradient":
-            torch._foreach_add_(slope, agreement)
-        return slope, agreement
-
     def direction(self, chunk: Chunk) -> list[Tensor]:
         """Return -d_k: g_k or u_k."""
         wide = [g.float() if g.dtype in LOW_PRECISION else g for g in chunk.grads]

@@ -60,6 +60,7 @@ LATER_NAMES = {
     "micro_batches": RunState.micro_batches,
     "loss_factor": RunState.loss_factor,
     "head": False,
+    "step_size_factor": 1.0,
     "head_first": 0,
     "head_steps": RunState.head_steps,
     "head_failures": RunState.head_failures,
@@ -117,7 +118,8 @@ def refuse_own_values(optimizer: type[Any], group: dict[str, Any], shared: dict[
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group is not allowed: one line search sets "
                 "one step size for all groups. Remove it there; pass line-search settings to "
-                f"{optimizer.__name__} itself."
+                f"{optimizer.__name__} itself. For shorter or longer steps of one group set its "
+                "step_size_factor."
             )
 
 

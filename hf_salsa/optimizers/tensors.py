@@ -124,3 +124,8 @@ def pieces(columns: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
     else:
         flat = [torch.split(column.view(-1), limit) for column in columns]
         yield from map(list, zip(*flat, strict=True))
+
+
+def scaled(tensors: list[Tensor], factor: float) -> list[Tensor]:
+    """Return tensors times a factor; themselves where that is 1."""
+    return tensors if factor == 1 else list(torch._foreach_mul(tensors, factor))
