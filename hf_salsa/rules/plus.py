@@ -141,7 +141,8 @@ class Plus(StepSizeRule[PlusState]):
                 first_squares=state.first_squares + line.loss * line.loss,
             )
         bound = self.trust * seen.first_losses / min(state.samples + 2, _FIRST)
-        shown = bound * line.last_factor**2 >= _RESOLVED * line.resolution
+        # At the start of a second run the tail of the first one is not known any more.
+        shown = line.step > 0 and bound * line.last_factor**2 >= _RESOLVED * line.resolution
         loss_before, slope_before = line.look_back() if shown else (math.nan, 0.0)
         stood_still = slope_before == 0 and loss_before == line.loss
         if not shown or stood_still:  # nothing to learn from: the next search may tell
@@ -229,7 +230,8 @@ class Plus(StepSizeRule[PlusState]):
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
         share = min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
-        interval = 1 + int((line.step - state.started_at) / max(1.0, _DENSE * share))
+        steps = max(0, line.step - state.started_at)  # a second run counts its own
+        interval = 1 + int(steps / max(1.0, _DENSE * share))
         return min(interval, self.max_search_interval)
 
     def _record(
