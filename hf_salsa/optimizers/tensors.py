@@ -106,7 +106,8 @@ def numbers(*values: Tensor | float) -> list[float]:
     if len(tensors) < len(values) or len({t.device for t in tensors}) > 1:
         return list(map(float, values))
     dtype = widest(tensors[0].device)
-    return torch.stack([t.to(dtype) for t in tensors]).tolist()  # type: ignore[no-any-return]
+    read: list[float] = torch.stack([t.to(dtype) for t in tensors]).tolist()
+    return read
 
 
 def dots(gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:

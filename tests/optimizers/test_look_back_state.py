@@ -104,6 +104,21 @@ def test_a_parameter_that_rested_has_no_step(cls):
 
 
 @both_kinds
+def test_a_step_of_the_head_alone_is_none_to_look_back_to(cls):
+    body, head = point(1.0, -2.0), point(0.5)
+    groups = [{"params": [body], "head": False}, {"params": [head], "head": True}]
+    optimizer = make(cls, groups, head_first=2)
+    start = clones([head])
+    for _ in range(3):
+        loss_fn = partial(square, [body, head])
+        loss = backward([body, head], loss_fn)
+        optimizer.step(loss_fn, loss=loss)
+    assert optimizer.param_groups[0]["head_steps"] == 2
+    assert not same(clones([head]), start)
+    assert seen(optimizer) == (float(loss), 0.0)
+
+
+@both_kinds
 @pytest.mark.parametrize(
     "make_params", [scalar_and_empty, non_contiguous, complex_numbers, mixed_precision]
 )
