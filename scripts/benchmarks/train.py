@@ -296,6 +296,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.jobs:
+        args.clock = "both"
     report = measuring.Report(args)
     for job in args.jobs:
         for updates in args.updates:
