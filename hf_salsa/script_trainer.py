@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from . import exchange
 from .accelerated import innermost, unwrap_optimizer
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
-from .search_arguments import DEFAULT_OPTIMIZER, SearchArguments
+from .search_arguments import DEFAULT_OPTIMIZER
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -24,11 +24,9 @@ class ScriptTrainerMixin(_Base):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        launcher = exchange.asked.launcher
-        for value in [*args, *kwargs.values()]:
-            if isinstance(value, SearchArguments) and launcher is not None:
-                value.optim = launcher  # the script may have set it after it made the arguments
         super().__init__(*args, **kwargs)
+        if exchange.asked.launcher is not None:
+            self.args.optim = exchange.asked.launcher  # the script may have set another one
         if self._flag_names_line_search:
             if unwrap_optimizer(self.optimizer) is None:
                 self.optimizer = self.lr_scheduler = None

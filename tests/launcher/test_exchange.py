@@ -53,12 +53,10 @@ class OwnArguments(TrainingArguments):
 class OwnTrainer(Trainer):
     """Of a script, with a training step that the search must see."""
 
-    steps = 0
-    trials = 0
+    seen = ()  # a list elsewhere: an evaluation puts back what belongs to the trainer
 
     def training_step(self, *args, **kwargs):
-        self.steps += 1
-        self.trials += self.in_trial
+        self.seen.append(self.in_trial)
         return super().training_step(*args, **kwargs)
 
 
@@ -169,7 +167,8 @@ def test_the_scripts_flag_wins_over_the_code(train, arguments, asked, code):
 
 def test_a_line_search_in_the_code_is_said(train, arguments):
     optimizer, line = train(args=arguments(optim="salsa_sgd"))
-    assert (optimizer, line[-23:]) == (SaLSaSGD, "(the script's optim=).")
+    assert optimizer is SaLSaSGD
+    assert line.endswith(" for SaLSaSGD (the script's optim=).")
 
 
 def test_a_line_search_of_the_script_stays(train, asked):
@@ -225,15 +224,15 @@ def test_deepspeed_is_refused(asked):
 
 
 def test_a_training_step_of_the_scripts_own_is_inside_of_what_is_evaluated(
-    bert, sentences, arguments, asked
+    bert, sentences, arguments, asked, monkeypatch
 ):
+    steps = []
+    monkeypatch.setattr(OwnTrainer, "seen", steps)
     trainer = OwnTrainer(bert(), arguments(), train_dataset=sentences)
     trainer.train()
-    trials = trainer.line_search.counters.trials
-    assert trials > 0
-    # The checks of the first search evaluate, too.
-    assert trainer.trials >= trials
-    assert trainer.steps == 2 + trainer.trials
+    assert steps.count(False) == 2
+    # The first search has its checks, too.
+    assert steps.count(True) >= trainer.line_search.counters.trials > 0
 
 
 def test_a_trainer_is_what_it_was(bert, arguments):
@@ -295,7 +294,7 @@ def test_pickled_arguments_name_this_package(arguments, asked):
     for again in (pickle.loads(pickled), copy.deepcopy(args), copy.copy(args)):
         assert type(again) is OwnArguments
         assert again == args
-        assert vars(again) == vars(args)
+        assert again.salsa_c == 0.25
 
 
 @pytest.mark.parametrize("cls", [transformers.TrainingArguments, Seq2SeqTrainingArguments])
