@@ -69,7 +69,7 @@ class _Announcement(TrainerCallback):
 
 def _what_trains(trainer: Trainer) -> str:
     kind, optimizer = type(trainer).__name__, innermost(trainer.optimizer)
-    name = str(trainer.args.optim)
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))  # of an enum, or a word
     flag = _flag(name)
     if isinstance(optimizer, LineSearchOptimizer):
         who = flag or ("the default" if name == DEFAULT_OPTIMIZER else "the script's optim=")
