@@ -20,13 +20,14 @@ else:
 class ScriptTrainerMixin(_Base):
     """Applies the rule of `hf_salsa.launcher`; stands between `SaLSaTrainerMixin` and the script's.
 
-    A flag that names a line search wins over `optimizers=` and `create_optimizer`.
+    A flag that names a line search wins over `optim=`, `optimizers=` and `create_optimizer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if exchange.asked.launcher is not None:
-            self.args.optim = exchange.asked.launcher  # the script may have set another one
+        asked = exchange.asked
+        if asked.launcher is not None or asked.script in OPTIMIZERS:
+            self.args.optim = asked.launcher or asked.script  # the code may have set another one
         if self._flag_names_line_search:
             if unwrap_optimizer(self.optimizer) is None:
                 self.optimizer = self.lr_scheduler = None
