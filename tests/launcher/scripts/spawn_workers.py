@@ -19,7 +19,7 @@ class Words(torch.utils.data.Dataset):
         self.args = args
 
     def __len__(self):
-        return 16
+        return 32
 
     def __getitem__(self, i):
         assert isinstance(self.args, TrainingArguments)
