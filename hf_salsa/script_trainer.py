@@ -26,8 +26,9 @@ class ScriptTrainerMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         asked = exchange.asked
-        if asked.launcher is not None or asked.script in OPTIMIZERS:
-            self.args.optim = asked.launcher or asked.script  # the code may have set another one
+        named = asked.launcher or (asked.script if asked.script in OPTIMIZERS else None)
+        if named is not None:
+            self.args.optim = named  # the code may have set another one
         if self._flag_names_line_search:
             if unwrap_optimizer(self.optimizer) is None:
                 self.optimizer = self.lr_scheduler = None

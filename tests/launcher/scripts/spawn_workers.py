@@ -33,7 +33,7 @@ if __name__ == "__main__":
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     config = BertConfig(
-        vocab_size=32,
+        vocab_size=64,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
