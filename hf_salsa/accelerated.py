@@ -20,9 +20,15 @@ def unwrap_evaluating(optimizer: Optimizer | None) -> Evaluating | None:
 
     That is a line-search optimizer, or a stock one that trains a new head first.
     """
+    optimizer = innermost(optimizer)
+    return optimizer if isinstance(optimizer, Evaluating) else None
+
+
+def innermost(optimizer: Optimizer | None) -> Optimizer | None:
+    """Return the optimizer inside Accelerate's wrappers."""
     while _is_accelerated(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[union-attr]
-    return optimizer if isinstance(optimizer, Evaluating) else None
+    return optimizer
 
 
 def _is_accelerated(optimizer: Optimizer | None) -> bool:

@@ -27,15 +27,15 @@ from .objective import BatchObjective
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
 from .refusals import refuse_what_comes_out_wrong
 from .run_trace import RunTrace
-from .trainer_head import HeadFirstMixin, with_head_first
-from .training_args import (
-    SaLSaArgumentsMixin,
+from .search_arguments import (
+    SearchArguments,
     head_first_of,
     ignored_settings,
     line_search_name,
     optimizer_arguments,
     resolved_max_grad_norm,
 )
+from .trainer_head import HeadFirstMixin, with_head_first
 
 # The names under which Trainer takes parameters from the optimizer's arguments.
 _PARAMETER_OPTIONS = {"params", "model", "optimizer_dict"}
@@ -92,7 +92,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         else:
             name = line_search_name(self.args) or ""
             uses_line_search = bool(name)
-            if uses_line_search and not isinstance(self.args, SaLSaArgumentsMixin):
+            if uses_line_search and not isinstance(self.args, SearchArguments):
                 warnings.warn(
                     f"{type(self).__name__} was given plain {type(self.args).__name__}: it trains "
                     f"with {name}, not with {self.args.optim!s}. Choose the optimizer with "

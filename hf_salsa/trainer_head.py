@@ -13,7 +13,7 @@ from .head import find_head, mark_head
 from .objective import BatchObjective
 from .optimizers import LineSearchOptimizer
 from .optimizers.head_first import HeadFirst, head_first_class
-from .training_args import SaLSaArgumentsMixin, head_first_of
+from .search_arguments import SearchArguments, head_first_of
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class HeadFirstMixin(_Base):
         Asked before a checkpoint is loaded, after which a head is no longer new, and before the
         model is wrapped, after which what transformers marked is lost.
         """
-        names = self.args.salsa_head if isinstance(self.args, SaLSaArgumentsMixin) else None
+        names = self.args.salsa_head if isinstance(self.args, SearchArguments) else None
         return find_head(model, names) if self.head_first else ()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

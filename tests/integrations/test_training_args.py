@@ -10,8 +10,8 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_salsa import OPTIMIZERS, SaLSaSeq2SeqTrainingArguments, SaLSaTrainingArguments
+from hf_salsa.search_arguments import ignored_settings, line_search_name, optimizer_arguments
 from hf_salsa.settings import SETTINGS, SettingFields
-from hf_salsa.training_args import ignored_settings, line_search_name, optimizer_arguments
 
 
 def parse(*argv):

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 from hf_salsa.head import find_head
-from hf_salsa.training_args import resolved_max_grad_norm
+from hf_salsa.search_arguments import resolved_max_grad_norm
 
 ABLATIONS = {
     "former_slow_growth": {"confidence": 1e9},
