@@ -21,7 +21,7 @@ from comparison.candidates import ABLATED, ABLATIONS, CALIBRATED, CANDIDATES, NA
 from comparison.results import Cell, Comparison, Results
 from comparison.tables import STANDS, Beside, beside_sweep, markdown, ranks, seeds_of
 from comparison.tasks import HELD_OUT, PRESETS
-from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus, SaLSaSGD, SLSAdam, SLSSGD
+from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaAdamPlus, SaLSaSGD, SLSAdam
 
 PLUS, SALSA = NAMES[SaLSaAdamPlus], NAMES[SaLSaAdam]
 DEFAULT_RATE = "adamw_default"  # AdamW as Trainer has it, a column where it has runs
@@ -335,8 +335,8 @@ def findings(evidence: Evidence) -> str:
         stuck = [name_of(name) for name in names if near_majority(cpu, task, name)]
         line = (
             f"- **{cpu.title(task)}** ({run['updates']} updates of "
-            f"{cpu.settings(task)['batch_size']}): the sweep's rate is {swept_rate(cpu, task)}. Beside "
-            f"the sweep: {listed(stands) if stands else 'nobody'}."
+            f"{cpu.settings(task)['batch_size']}): the sweep's rate is {swept_rate(cpu, task)}. "
+            f"Beside the sweep: {listed(stands) if stands else 'nobody'}."
         )
         if near_majority(cpu, task, CALIBRATED):
             line += " AdamW itself is at the majority class: every figure is chance."
@@ -354,9 +354,9 @@ def undershoots(evidence: Evidence) -> str:
     sizes = [statistics.median(run["step_sizes"]) for run in cpu.of("shakespeare", SALSA)]
     median = statistics.median(sizes)
     return (
-        f"On Shakespeare, from scratch, the median step size of `{SALSA}` is {short(median, 1)}; the "
-        f"sweep's peak rate is {short(rate, 0)}, {rate / median:.0f} times as much. The runs end at "
-        f"{cells[SALSA]} and, AdamW's, {cells[CALIBRATED]}."
+        f"On Shakespeare, from scratch, the median step size of `{SALSA}` is {short(median, 1)}. "
+        f"The sweep's peak rate is {short(rate, 0)}, {rate / median:.0f} times as much. The runs "
+        f"end at {cells[SALSA]} and, AdamW's, at {cells[CALIBRATED]}."
     )
 
 
@@ -364,9 +364,7 @@ def ablations(evidence: Evidence) -> str:
     """Return a method beside what is left of it without one of its parts, a part a row."""
     cpu = evidence.cpu
     names = list(cpu.ablations)
-    tasks = [
-        task for task in cpu.tasks if sum(bool(cpu.of(task, name)) for name in names) > 1
-    ]
+    tasks = [task for task in cpu.tasks if sum(bool(cpu.of(task, name)) for name in names) > 1]
     cells = {task: pairs(cpu, task, names) for task in tasks}
     rows = [[name_of(name), *(cells[task].get(name, "") for task in tasks)] for name in names]
     return markdown(["", *(title_of(cpu, task) for task in tasks)], rows)
@@ -414,9 +412,7 @@ def study(evidence: Evidence) -> str:
     return markdown(head, rows)
 
 
-def average_ranks(
-    comparison: Comparison, names: Sequence[str]
-) -> dict[str, tuple[float, float]]:
+def average_ranks(comparison: Comparison, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Return each candidate's average rank by loss and by metric over all tasks."""
     by_loss, by_metric = [], []
     for task in comparison.compared:
