@@ -196,6 +196,13 @@ def summary_sentence(evidence: Evidence) -> str:
         if of_tasks:
             others.append(f"{name_of(name)} on {count} of {of_tasks}")
     sentences.append(f"Others that need no tuning: {', '.join(others)}.")
+    sentences.append(
+        f"To stand beside it is to end with at most {STANDS} times its training loss, and a metric "
+        "no worse than its mean by more than its standard error."
+    )
+    chance = [cpu.title(task) for task in beside if near_majority(cpu, task, CALIBRATED)]
+    if chance:
+        sentences.append(f"On {listed(chance)} AdamW itself is near chance.")
     return " ".join(sentences)
 
 
@@ -393,10 +400,15 @@ def ablations_sentences(evidence: Evidence) -> str:
     return "\n".join(lines)
 
 
+def studied(evidence: Evidence) -> list[str]:
+    """Return the candidates that have runs on every task of the study."""
+    tasks = evidence.study.compared
+    return [name for name in STUDIED if all(evidence.study.of(task, name) for task in tasks)]
+
+
 def study(evidence: Evidence) -> str:
     """Return the rules that were tried, with their average ranks by loss and by metric."""
-    of_study = evidence.study
-    names = [name for name in STUDIED if name in of_study.labels]
+    of_study, names = evidence.study, studied(evidence)
     tasks = of_study.compared
     cells = {task: pairs(of_study, task, names) for task in tasks}
     averages = average_ranks(of_study, names)
@@ -430,8 +442,7 @@ def average_ranks(comparison: Comparison, names: Sequence[str]) -> dict[str, tup
 
 
 def study_sentence(evidence: Evidence) -> str:
-    of_study = evidence.study
-    names = [name for name in STUDIED if name in of_study.labels]
+    of_study, names = evidence.study, studied(evidence)
     averages = average_ranks(of_study, names)
     rules = [name for name in names if name != CALIBRATED]
     first = [min(rules, key=lambda name: averages[name][i]) for i in (0, 1)]

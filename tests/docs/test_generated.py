@@ -5,7 +5,17 @@ import re
 import pytest
 import write_docs
 from comparison.candidates import CALIBRATED, NAMES
-from comparison.documents import MARKED, PLUS, TABLES, Evidence, drawn, listed, written
+from comparison.documents import (
+    KINDS,
+    MARKED,
+    PLUS,
+    TABLES,
+    Evidence,
+    drawn,
+    listed,
+    of_plus,
+    written,
+)
 from comparison.plots import draw_two_runs, fingerprint, searched
 from PIL import Image
 from support.command_line import UsageError
@@ -120,6 +130,11 @@ def test_figures_of_the_summary_by_hand(evidence):
     assert cells[2].startswith("**") is (loss <= 1.05 * mean[CALIBRATED][0])
     loss, metric = mean[PLUS]
     assert f"{loss:.3f} / {metric:.3f}" in cells[1]
+
+
+def test_every_task_is_of_one_kind(evidence):
+    of_kinds = [task for tasks in KINDS.values() for task in tasks]
+    assert sorted(of_kinds) == sorted(of_plus(evidence))
 
 
 def test_words_are_listed_so_that_each_can_be_told_from_the_next():
