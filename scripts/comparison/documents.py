@@ -17,15 +17,25 @@ from pathlib import Path
 
 from support.command_line import UsageError
 
-from comparison.candidates import ABLATED, ABLATIONS, CALIBRATED, CANDIDATES, NAMES, STUDIED
+from comparison.candidates import (
+    ABLATED,
+    ABLATIONS,
+    CALIBRATED,
+    CANDIDATES,
+    FORMER,
+    NAMES,
+    PLUS,
+    STUDIED,
+    trained_as,
+)
 from comparison.results import Cell, Comparison, Results
 from comparison.tables import STANDS, Beside, beside_sweep, markdown, ranks, seeds_of
 from comparison.tasks import HELD_OUT, PRESETS
-from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaAdamPlus, SaLSaSGD, SLSAdam
+from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
 
-PLUS, SALSA = NAMES[SaLSaAdamPlus], NAMES[SaLSaAdam]
+SALSA = NAMES[SaLSaAdam]
 DEFAULT_RATE = "adamw_default"  # AdamW as Trainer has it, a column where it has runs
-COLUMNS = (PLUS, SALSA, CALIBRATED, DEFAULT_RATE, "schedule_free", "prodigy")
+COLUMNS = (SALSA, CALIBRATED, DEFAULT_RATE, "schedule_free", "prodigy")
 PAPERS = tuple(NAMES[kind] for kind in (SaLSaAdam, SaLSaSGD, SLSAdam, SLSSGD))
 RIVALS = (CALIBRATED, "schedule_free", "prodigy", "authors")
 METRICS = {
@@ -33,15 +43,15 @@ METRICS = {
     "matthews_correlation": "Matthews",
     "loss_per_character": "held-out loss",
     "spearmanr": "Spearman",
+    "macro_f1": "macro F1",
 }
-# What the same answer to every example reaches on the held-out data.
-MAJORITY = {"mrpc": 0.6838, "sst2": 0.5092, "sst2_scratch": 0.5092, "cola": 0.0, "rte": 0.5271}
-NEAR = 0.01  # a metric this close to it has learnt nothing
+NEAR = 0.01  # a metric this close to that of the best constant answer has learnt nothing
 KINDS = {
-    "from scratch": ("shakespeare", "python_prose", "digits", "sst2_scratch"),
-    "an encoder fine-tuned to classify": ("mrpc", "sst2", "cola", "rte"),
+    "from scratch": ("shakespeare", "python_prose", "digits", "sst2_scratch", "vit_digits"),
+    "an encoder fine-tuned to classify": ("mrpc", "sst2", "cola", "rte", "chunks"),
     "an encoder fine-tuned for regression": ("stsb",),
-    "a language model trained further": ("shakespeare_tuned",),
+    "an image model fine-tuned": ("efficientnet",),
+    "a language model trained further": ("shakespeare_tuned", "lora_lm"),
 }
 PLACES = (0.01, 0.1, 0.5, 0.9, 1.0)  # of a run
 DRAWN = (("shakespeare", "from scratch"), ("sst2", "fine-tuned"))  # the picture of the README
@@ -51,19 +61,39 @@ MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 class Evidence:
     """All results: of preset `cpu`, on which methods are compared, and of `study`.
 
+    Attributes:
+        plus: The method that the documents show: `salsa_adam_plus`, or its former rule as long as
+            there are results of that one only.
+
     Args:
         folder: `model_cards`.
     """
 
     def __init__(self, folder: Path) -> None:
-        labels = {name: name_of(name) for name in CANDIDATES if name not in ABLATIONS}
-        ablations = {name: name_of(name) for name in (ABLATED, *ABLATIONS)}
-        self.cpu, self.study = (
-            Comparison(folder / preset, labels, tuple(PRESETS[preset]), ablations)
-            for preset in ("cpu", "study")
-        )
-        if PLUS not in self.cpu.labels:
+        self.cpu, self.study = (_results(folder, preset) for preset in ("cpu", "study"))
+        found = [name for name in (PLUS, FORMER) if name in self.cpu.labels]
+        if not found:
             raise UsageError(f"{folder / 'cpu'} holds no results of {PLUS}")
+        self.plus = found[0]
+
+    @property
+    def columns(self) -> list[str]:
+        """The candidates of the README's table."""
+        return [self.plus, *(name for name in COLUMNS if name in self.cpu.labels)]
+
+
+def _results(folder: Path, preset: str) -> Comparison:
+    tasks = PRESETS[preset]
+    return Comparison(
+        folder / preset,
+        labels={name: name_of(name) for name in CANDIDATES if name not in ABLATIONS},
+        tasks=tuple(tasks),
+        ablations=[
+            {name: name_of(name) for name in (whole, *parts)} for whole, parts in ABLATED.items()
+        ],
+        same_runs={(task, n): trained_as(n, tasks[task]) for task in tasks for n in CANDIDATES},
+        chances={n: task.chance for n, task in tasks.items() if task.chance is not None},
+    )
 
 
 def name_of(candidate: str) -> str:
@@ -90,7 +120,7 @@ def written(text: str, evidence: Evidence) -> str:
 def drawn(evidence: Evidence) -> list[tuple[str, Results]]:
     """Return title and results of each run in the README's picture: the first seed's."""
     return [
-        (f"{evidence.cpu.title(task)}, {how}", evidence.cpu.of(task, PLUS)[0])
+        (f"{evidence.cpu.title(task)}, {how}", evidence.cpu.of(task, evidence.plus)[0])
         for task, how in DRAWN
     ]
 
@@ -128,11 +158,12 @@ def title_of(comparison: Comparison, task: str) -> str:
     return f"{title}, {METRICS[comparison.settings(task)['metric']]}"
 
 
-def near_majority(comparison: Comparison, task: str, candidate: str) -> bool:
+def at_chance(comparison: Comparison, task: str, candidate: str) -> bool:
     """Return whether a candidate has learnt nothing on a task, if that can be told."""
-    if task not in MAJORITY:
+    if task not in comparison.chances:
         return False
-    return bool(comparison.cells(task, "peak_metric")[candidate].mean <= MAJORITY[task] + NEAR)
+    metric = comparison.cells(task, "peak_metric")[candidate].mean
+    return bool(metric <= comparison.chances[task] + NEAR)
 
 
 def short(number: float, digits: int) -> str:
@@ -149,7 +180,7 @@ def of_plus(evidence: Evidence) -> dict[str, dict[str, Beside]]:
     """Return how all candidates stand beside the sweep on each task that plus has runs of."""
     cpu = evidence.cpu
     found = {task: beside_sweep(cpu, task) for task in cpu.compared}
-    return {task: beside for task, beside in found.items() if PLUS in beside}
+    return {task: beside for task, beside in found.items() if evidence.plus in beside}
 
 
 def listed(words: Sequence[str]) -> str:
@@ -160,7 +191,7 @@ def listed(words: Sequence[str]) -> str:
 def summary(evidence: Evidence) -> str:
     """Return the README's table: plus and what else needs no tuning beside the sweep."""
     cpu = evidence.cpu
-    names = [name for name in COLUMNS if name in cpu.labels]
+    names = evidence.columns
     beside = of_plus(evidence)
     rows = []
     for task in beside:
@@ -177,6 +208,15 @@ def summary(evidence: Evidence) -> str:
     return markdown(["", *(name_of(name) for name in names)], rows)
 
 
+def caption(evidence: Evidence) -> str:
+    (left, first), (right, second) = drawn(evidence)
+    return (
+        f"Two runs of {name_of(evidence.plus)} with the same settings, all at their defaults: "
+        f"{left} ({first['updates']} updates), and {right} ({second['updates']} updates). The "
+        "ticks at the bottom are the updates at which it searched."
+    )
+
+
 def stand_count(beside: Mapping[str, Mapping[str, Beside]], name: str) -> tuple[int, int]:
     """Return on how many tasks a candidate stands beside the sweep, and of how many."""
     found = [of_task[name].stands for of_task in beside.values() if name in of_task]
@@ -185,11 +225,16 @@ def stand_count(beside: Mapping[str, Mapping[str, Beside]], name: str) -> tuple[
 
 def summary_sentence(evidence: Evidence) -> str:
     cpu, beside = evidence.cpu, of_plus(evidence)
-    stands = [cpu.title(task) for task in beside if beside[task][PLUS].stands]
+    stands = [cpu.title(task) for task in beside if beside[task][evidence.plus].stands]
     sentences = [
-        f"With no setting changed, `{PLUS}` stands beside the best of five learning rates on "
-        f"{len(stands)} of {len(beside)} tasks" + (f": {listed(stands)}." if stands else ".")
+        f"With no setting changed, {name_of(evidence.plus)} stands beside the best of five "
+        f"learning rates on {len(stands)} of {len(beside)} tasks"
+        + (f": {listed(stands)}." if stands else ".")
     ]
+    if evidence.plus == FORMER:
+        sentences.append(
+            f"It is the rule that `{PLUS}` had in 0.1.0: there are no results of the present one yet."
+        )
     others = []
     for name in (SALSA, DEFAULT_RATE, "schedule_free", "prodigy"):
         count, of_tasks = stand_count(beside, name)
@@ -200,7 +245,7 @@ def summary_sentence(evidence: Evidence) -> str:
         f"To stand beside it is to end with at most {STANDS} times its training loss, and a metric "
         "no worse than its mean by more than its standard error."
     )
-    chance = [cpu.title(task) for task in beside if near_majority(cpu, task, CALIBRATED)]
+    chance = [cpu.title(task) for task in beside if at_chance(cpu, task, CALIBRATED)]
     if chance:
         sentences.append(f"On {listed(chance)} AdamW itself is near chance.")
     return " ".join(sentences)
@@ -209,10 +254,10 @@ def summary_sentence(evidence: Evidence) -> str:
 def behind(evidence: Evidence) -> str:
     """Return the tasks on which plus does not stand beside the sweep, the worst ones first."""
     cpu, beside = evidence.cpu, of_plus(evidence)
-    found = [task for task in beside if not beside[task][PLUS].stands]
+    found = [task for task in beside if not beside[task][evidence.plus].stands]
     if not found:
         return "- **Where AdamW at its best rate was better**: on none of these tasks."
-    found.sort(key=lambda task: -beside[task][PLUS].ratio)
+    found.sort(key=lambda task: -beside[task][evidence.plus].ratio)
     return f"- **Where AdamW at its best rate was better**: {listed([*map(cpu.title, found)])}."
 
 
@@ -223,27 +268,27 @@ def passes_per_update(comparison: Comparison, task: str, candidate: str) -> floa
 
 def cost_sentence(evidence: Evidence) -> str:
     cpu = evidence.cpu
-    found = {task: passes_per_update(cpu, task, PLUS) for task in of_plus(evidence)}
+    found = {task: passes_per_update(cpu, task, evidence.plus) for task in of_plus(evidence)}
     least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
 
     def of(task: str) -> str:
-        updates = cpu.of(task, PLUS)[0]["updates"]
+        updates = cpu.of(task, evidence.plus)[0]["updates"]
         return f"{found[task]:.2f} ({cpu.title(task)}, {updates} updates)"
 
     return (
-        f"`{PLUS}` added {of(least)} to {of(most)} forward passes per update. A training step is "
-        "about three forward passes long."
+        f"On these tasks, {name_of(evidence.plus)} added {of(least)} to {of(most)} forward "
+        "passes per update. A training step is about three forward passes long."
     )
 
 
 def cost(evidence: Evidence) -> str:
     """Return what the searches added: forward passes, and processor time beside AdamW's."""
     cpu = evidence.cpu
-    names = (PLUS, SALSA)
+    names = (evidence.plus, SALSA)
     rows = []
     for task in of_plus(evidence):
         seconds = cpu.cells(task, "cpu_seconds")
-        row = [cpu.title(task), str(cpu.of(task, PLUS)[0]["updates"])]
+        row = [cpu.title(task), str(cpu.of(task, evidence.plus)[0]["updates"])]
         for name in names:
             ratio = seconds[name].mean / seconds[CALIBRATED].mean if name in seconds else math.nan
             passes = passes_per_update(cpu, task, name) if name in seconds else math.nan
@@ -259,7 +304,7 @@ def cost(evidence: Evidence) -> str:
 def kinds(evidence: Evidence) -> str:
     """Return the training loss of each method beside the sweep's, averaged by kind of task."""
     beside = of_plus(evidence)
-    names = [name for name in COLUMNS if name in evidence.cpu.labels and name != CALIBRATED]
+    names = [name for name in evidence.columns if name != CALIBRATED]
     rows = []
     for kind, tasks in KINDS.items():
         found = [beside[task] for task in tasks if task in beside]
@@ -303,7 +348,7 @@ def with_errors(evidence: Evidence, names: Sequence[str], tasks: Sequence[str]) 
 
 
 def plus(evidence: Evidence) -> str:
-    return with_errors(evidence, COLUMNS, list(of_plus(evidence)))
+    return with_errors(evidence, evidence.columns, list(of_plus(evidence)))
 
 
 def paper(evidence: Evidence) -> str:
@@ -314,7 +359,9 @@ def paper(evidence: Evidence) -> str:
 def step_sizes(evidence: Evidence) -> str:
     """Return the step sizes at some places of a run, the medians over the seeds."""
     cpu = evidence.cpu
-    names = [name for name in (PLUS, SALSA, NAMES[SLSAdam], CALIBRATED) if name in cpu.labels]
+    names = [
+        name for name in (evidence.plus, SALSA, NAMES[SLSAdam], CALIBRATED) if name in cpu.labels
+    ]
     rows = []
     for task in of_plus(evidence):
         row = [cpu.title(task)]
@@ -339,16 +386,16 @@ def findings(evidence: Evidence) -> str:
         run = cpu.of(task, CALIBRATED)[0]
         names = [name for name in cpu.labels if name in beside]
         stands = [name_of(name) for name in names if beside[name].stands]
-        stuck = [name_of(name) for name in names if near_majority(cpu, task, name)]
+        stuck = [name_of(name) for name in names if at_chance(cpu, task, name)]
         line = (
             f"- **{cpu.title(task)}** ({run['updates']} updates of "
             f"{cpu.settings(task)['batch_size']}): the sweep's rate is {swept_rate(cpu, task)}. "
             f"Beside the sweep: {listed(stands) if stands else 'nobody'}."
         )
-        if near_majority(cpu, task, CALIBRATED):
+        if at_chance(cpu, task, CALIBRATED):
             line += " AdamW itself is at the majority class: every figure is chance."
         elif stuck:
-            line += f" At the majority class: {listed(stuck)}."
+            line += f" At chance: {listed(stuck)}."
         lines.append(line)
     return "\n".join(lines)
 
@@ -368,35 +415,38 @@ def undershoots(evidence: Evidence) -> str:
 
 
 def ablations(evidence: Evidence) -> str:
-    """Return a method beside what is left of it without one of its parts, a part a row."""
+    """Return each method beside what is left of it without one of its parts, a part a row."""
     cpu = evidence.cpu
-    names = list(cpu.ablations)
-    tasks = [task for task in cpu.tasks if sum(bool(cpu.of(task, name)) for name in names) > 1]
-    cells = {task: pairs(cpu, task, names) for task in tasks}
-    rows = [[name_of(name), *(cells[task].get(name, "") for task in tasks)] for name in names]
-    return markdown(["", *(title_of(cpu, task) for task in tasks)], rows)
+    tables = []
+    for names in cpu.ablations:
+        tasks = [task for task in cpu.tasks if sum(bool(cpu.of(task, n)) for n in names) > 1]
+        cells = {task: pairs(cpu, task, names) for task in tasks}
+        rows = [[name_of(name), *(cells[task].get(name, "") for task in tasks)] for name in names]
+        tables.append(markdown(["", *(title_of(cpu, task) for task in tasks)], rows))
+    return "\n\n".join(tables)
 
 
 def ablations_sentences(evidence: Evidence) -> str:
     """Return on which tasks each part helps or harms by more than `STANDS`."""
     cpu = evidence.cpu
-    whole, *parts = cpu.ablations
     lines = []
-    for part in parts:
-        better, worse = [], []
-        for task in cpu.tasks:
-            losses = cpu.cells(task, "final_training_loss", cpu.ablations)
-            if part not in losses or whole not in losses:
-                continue
-            ratio = losses[part].mean / losses[whole].mean
-            if not ratio <= STANDS:  # a run that failed too
-                worse.append(cpu.title(task))
-            elif ratio < 1 / STANDS:
-                better.append(cpu.title(task))
-        line = f"- {name_of(part)}: "
-        line += f"worse on {listed(worse)}" if worse else "worse nowhere"
-        line += f"; better on {listed(better)}." if better else "; better nowhere."
-        lines.append(line)
+    for names in cpu.ablations:
+        whole, *parts = names
+        for part in parts:
+            better, worse = [], []
+            for task in cpu.tasks:
+                losses = cpu.cells(task, "final_training_loss", names)
+                if part not in losses or whole not in losses:
+                    continue
+                ratio = losses[part].mean / losses[whole].mean
+                if not ratio <= STANDS:  # a run that failed too
+                    worse.append(cpu.title(task))
+                elif ratio < 1 / STANDS:
+                    better.append(cpu.title(task))
+            line = f"- {name_of(whole)} {name_of(part)}: "
+            line += f"worse on {listed(worse)}" if worse else "worse nowhere"
+            line += f"; better on {listed(better)}." if better else "; better nowhere."
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -480,6 +530,7 @@ def index(evidence: Evidence) -> str:
 
 
 TABLES: dict[str, Callable[[Evidence], str]] = {
+    "caption": caption,
     "summary": summary,
     "summary-sentence": summary_sentence,
     "behind": behind,

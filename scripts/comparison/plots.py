@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from support.command_line import UsageError
 
 from comparison.results import METRIC_NAMES, Comparison, Results
 
@@ -158,12 +159,18 @@ def draw_run(run: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def searched(step_sizes: Sequence[float]) -> list[int]:
-    """Return the updates, 1 for the first, at which a search moved the step size.
+def searched(run: Results) -> list[int]:
+    """Return the updates, 1 for the first, at which a run searched.
 
-    Between two searches it stays, or falls straight towards 0 at the end of the run, up to the
-    rounding of what a run records.
+    A run that does not record them has searched where its step size moved: between two searches it
+    stays, or falls straight towards 0 at the end of the run, up to the rounding of the record.
+
+    Raises:
+        UsageError: It does not record them, and the step size did not move at each.
     """
+    if "searched_at" in run:
+        return list(run["searched_at"])
+    step_sizes = run["step_sizes"]
     total = len(step_sizes)
     found = [1]
     for update in range(2, total + 1):
@@ -172,12 +179,17 @@ def searched(step_sizes: Sequence[float]) -> list[int]:
         unsearched = (before, before * left / (left + 1))
         if not any(math.isclose(now, size, rel_tol=1.1e-4) for size in unsearched):
             found.append(update)
+    if len(found) != run["searches"]:
+        raise UsageError(
+            f"the run of {run['candidate']} on {run['task']}, seed {run['seed']}, does not record "
+            "where it searched: delete its folder and repeat it"
+        )
     return found
 
 
 def fingerprint(runs: Sequence[tuple[str, Results]]) -> str:
     """Return what tells a picture of these runs from one of others."""
-    data = [(title, run["losses"], run["step_sizes"]) for title, run in runs]
+    data = [(title, run["losses"], run["step_sizes"], searched(run)) for title, run in runs]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
@@ -205,7 +217,7 @@ def draw_two_runs(runs: Sequence[tuple[str, Results]], path: Path) -> None:
         high = max(axis.get_ylim()[1] for axis in axes[1])
         for (_, run), axis in zip(runs, axes[1], strict=True):
             axis.set_ylim(low / 3, high)  # the same, so that step sizes can be compared
-            axis.vlines(searched(run["step_sizes"]), low / 3, low, color="black", linewidth=0.4)
+            axis.vlines(searched(run), low / 3, low, color="black", linewidth=0.4)
         axes[0][0].set_ylabel("training loss")
         axes[1][0].set_ylabel("step size\n(ticks: searches)")
         figure.align_ylabels()

@@ -8,7 +8,6 @@ from comparison.candidates import CALIBRATED, NAMES
 from comparison.documents import (
     KINDS,
     MARKED,
-    PLUS,
     TABLES,
     Evidence,
     drawn,
@@ -17,6 +16,7 @@ from comparison.documents import (
     written,
 )
 from comparison.plots import draw_two_runs, fingerprint, searched
+from comparison.tasks import PRESETS
 from PIL import Image
 from support.command_line import UsageError
 
@@ -95,7 +95,7 @@ def test_a_table_is_replaced_and_an_unknown_one_refused(evidence):
     text = "before\n<!-- table: cost-sentence -->\nold\n<!-- end -->\nafter\n"
     new = written(text, evidence)
     assert "old" not in new
-    assert f"`{PLUS}` added" in new
+    assert " forward passes per update" in new
     assert new.startswith("before\n<!-- table: cost-sentence -->\n\n")
     assert new.endswith("\n\n<!-- end -->\nafter\n")
     assert written(new, evidence) == new
@@ -119,7 +119,7 @@ def test_figures_of_the_summary_by_hand(evidence):
     )
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     mean = {}
-    for name in (PLUS, NAMES[SaLSaAdam], CALIBRATED):
+    for name in (evidence.plus, NAMES[SaLSaAdam], CALIBRATED):
         runs = evidence.cpu.of("shakespeare", name)
         mean[name] = [
             sum(run[key] for run in runs) / len(runs)
@@ -128,13 +128,15 @@ def test_figures_of_the_summary_by_hand(evidence):
     loss, metric = mean[NAMES[SaLSaAdam]]
     assert f"{loss:.3f} / {metric:.3f}" in cells[2]
     assert cells[2].startswith("**") is (loss <= 1.05 * mean[CALIBRATED][0])
-    loss, metric = mean[PLUS]
+    loss, metric = mean[evidence.plus]
     assert f"{loss:.3f} / {metric:.3f}" in cells[1]
 
 
 def test_every_task_is_of_one_kind(evidence):
     of_kinds = [task for tasks in KINDS.values() for task in tasks]
-    assert sorted(of_kinds) == sorted(of_plus(evidence))
+    assert len(set(of_kinds)) == len(of_kinds)
+    assert set(of_kinds) == set(PRESETS["cpu"])
+    assert set(of_plus(evidence)) <= set(of_kinds)
 
 
 def test_words_are_listed_so_that_each_can_be_told_from_the_next():
@@ -149,11 +151,17 @@ def test_searches_are_told_from_cool_down():
     found = [1e-3, 1e-3, 1e-3, 2e-3, 2e-3, 2e-3, 3e-3, 3e-3, 3e-3, 3e-3]
     applied = [size * min(1, (10 - k) / 6) for k, size in enumerate(found)]
     recorded = [float(f"{size:.5g}") for size in applied]
-    assert searched(recorded) == [1, 4, 7]
+    run = {"task": "prose", "candidate": "plus", "seed": 0, "step_sizes": recorded, "searches": 3}
+    assert searched(run) == [1, 4, 7]
+    assert searched(run | {"searched_at": [1, 2], "searches": 2}) == [1, 2]
+    # One more that did not move the step size: where, cannot be told.
+    with pytest.raises(UsageError, match="plus on prose, seed 0, .* delete its folder"):
+        searched(run | {"searches": 4})
 
 
 def test_the_picture_holds_its_fingerprint(tmp_path):
     run = {"updates": 4, "losses": [4.0, 3.0, 2.0, 1.0], "step_sizes": [0.1, 0.1, 0.2, 0.1]}
+    run["searched_at"] = [1, 3]
     other = run | {"losses": [4.0, 3.0, 2.0, 0.5]}
     runs = [("one, from scratch", run), ("other, fine-tuned", other)]
     draw_two_runs(runs, tmp_path / "two.png")
