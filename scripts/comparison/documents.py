@@ -233,7 +233,7 @@ def summary_sentence(evidence: Evidence) -> str:
     ]
     if evidence.plus == FORMER:
         sentences.append(
-            f"It is the rule that `{PLUS}` had in 0.1.0: there are no results of the present one yet."
+            f"It is the rule that `{PLUS}` had in 0.1.0. The present one has no results yet."
         )
     others = []
     for name in (SALSA, DEFAULT_RATE, "schedule_free", "prodigy"):

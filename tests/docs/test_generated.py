@@ -99,7 +99,7 @@ def test_a_table_is_replaced_and_an_unknown_one_refused(evidence):
     assert new.startswith("before\n<!-- table: cost-sentence -->\n\n")
     assert new.endswith("\n\n<!-- end -->\nafter\n")
     assert written(new, evidence) == new
-    with pytest.raises(UsageError, match="no table 'costs', only summary"):
+    with pytest.raises(UsageError, match="no table 'costs', only caption"):
         written(text.replace("cost-sentence", "costs"), evidence)
 
 
