@@ -6,7 +6,7 @@ Names are loaded when they are asked for: the optimizers without transformers an
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives.
 _MODULES = {

@@ -1,5 +1,7 @@
 """Results as pictures."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from itertools import cycle
@@ -8,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from support.command_line import UsageError
 
 from comparison.results import METRIC_NAMES, Comparison, Results
 
@@ -153,4 +156,71 @@ def draw_run(run: Results, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def searched(run: Results) -> list[int]:
+    """Return the updates, 1 for the first, at which a run searched.
+
+    A run that does not record them has searched where its step size moved: between two searches it
+    stays, or falls straight towards 0 at the end of the run, up to the rounding of the record.
+
+    Raises:
+        UsageError: It does not record them, and the step size did not move at each.
+    """
+    if "searched_at" in run:
+        return list(run["searched_at"])
+    step_sizes = run["step_sizes"]
+    total = len(step_sizes)
+    found = [1]
+    for update in range(2, total + 1):
+        before, now = step_sizes[update - 2 : update]
+        left = total - update + 1
+        unsearched = (before, before * left / (left + 1))
+        if not any(math.isclose(now, size, rel_tol=1.1e-4) for size in unsearched):
+            found.append(update)
+    if len(found) != run["searches"]:
+        raise UsageError(
+            f"the run of {run['candidate']} on {run['task']}, seed {run['seed']}, does not record "
+            "where it searched: delete its folder and repeat it"
+        )
+    return found
+
+
+def fingerprint(runs: Sequence[tuple[str, Results]]) -> str:
+    """Return what tells a picture of these runs from one of others."""
+    data = [(title, run["losses"], run["step_sizes"], searched(run)) for title, run in runs]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def draw_two_runs(runs: Sequence[tuple[str, Results]], path: Path) -> None:
+    """Draw loss and step size of some runs side by side, to be read at the width of a phone.
+
+    Args:
+        runs: Title and results of each.
+        path: The file, which holds the `fingerprint` of the runs as its description.
+    """
+    with plt.rc_context({"font.size": 12}):
+        figure, axes = plt.subplots(2, len(runs), sharex="col", figsize=(6.6, 5.6), squeeze=False)
+        for (title, run), (above, below) in zip(runs, axes.T, strict=True):
+            x = np.arange(1, run["updates"] + 1)
+            sizes = np.array(run["step_sizes"], dtype=float)
+            above.set_title(title.replace(", ", ",\n"), fontsize=13)
+            above.plot(x, np.array(run["losses"], dtype=float), color="tab:blue", alpha=0.25)
+            above.plot(x, smoothed(run["losses"]), color="tab:blue", linewidth=2)
+            below.plot(x, sizes, color="tab:green", linewidth=2)
+            below.set_yscale("log")
+            below.set_xlabel("update")
+            above.grid(alpha=0.3)
+            below.grid(alpha=0.3)
+        low = min(axis.get_ylim()[0] for axis in axes[1])
+        high = max(axis.get_ylim()[1] for axis in axes[1])
+        for (_, run), axis in zip(runs, axes[1], strict=True):
+            axis.set_ylim(low / 3, high)  # the same, so that step sizes can be compared
+            axis.vlines(searched(run), low / 3, low, color="black", linewidth=0.4)
+        axes[0][0].set_ylabel("training loss")
+        axes[1][0].set_ylabel("step size\n(ticks: searches)")
+        figure.align_ylabels()
+        figure.tight_layout()
+        figure.savefig(path, dpi=160, metadata={"Description": fingerprint(runs)})
     plt.close(figure)

@@ -1,12 +1,13 @@
 """One run: one candidate on one task with one seed, from its arguments to its results."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,7 +205,13 @@ def _record(
         "evaluations": evaluations,
         "losses": losses,
         "step_sizes": [entry["learning_rate"] for entry in updates],
+        "searched_at": _rises([entry.get("salsa/searches", 0) for entry in updates]),
     }
+
+
+def _rises(counts: Sequence[int]) -> list[int]:
+    """Return where a counter that starts at 0 rises, 1 for the first place."""
+    return [k for k, (a, b) in enumerate(itertools.pairwise([0, *counts]), start=1) if b > a]
 
 
 def execute(run: Run, sources: Sources) -> str:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from comparison.results import METRIC_NAMES, Cell, Comparison
 
@@ -131,35 +132,62 @@ def seconds_table(comparison: Comparison) -> list[str]:
     return [markdown(["", "seeds", *comparison.labels.values()], rows)]
 
 
+class Beside(NamedTuple):
+    """One run of a candidate beside the one whose rate was searched, on one task.
+
+    Attributes:
+        ratio: Of the final training losses.
+        ahead: Difference of the peak metrics.
+        stands: The ratio is at most `STANDS`, and the metric no worse than the other's mean by more
+            than its standard error.
+    """
+
+    ratio: float
+    ahead: float
+    stands: bool
+
+
+def beside_sweep(comparison: Comparison, task: str) -> dict[str, Beside]:
+    """Return how each candidate stands beside a sweep; empty where none was made or it failed."""
+    swept = comparison.swept
+    losses = comparison.cells(task, "final_training_loss")
+    metrics = comparison.cells(task, "peak_metric")
+    if swept not in losses or math.isnan(losses[swept].mean + metrics[swept].mean):
+        return {}
+    found = {}
+    for name in losses.keys() - {swept}:
+        ratio = losses[name].mean / losses[swept].mean
+        ahead = metrics[name].mean - metrics[swept].mean
+        behind = ahead if comparison.lower_is_better(task) else -ahead
+        stands = ratio <= STANDS and behind <= (metrics[swept].error or 0.0)
+        found[name] = Beside(ratio, ahead, stands)
+    return found
+
+
 def sweep_section(comparison: Comparison) -> list[str]:
     """Return how each candidate stands beside the one whose rate was searched."""
     swept = comparison.swept
     others = {name: label for name, label in comparison.labels.items() if name != swept}
+    found = {task: beside_sweep(comparison, task) for task in comparison.compared}
+    found = {task: beside for task, beside in found.items() if beside}
+    if not found or not others:
+        return []
     rows = []
-    stands = dict.fromkeys(others, 0)
-    of_tasks = dict.fromkeys(others, 0)
-    for task in comparison.compared:
-        losses = comparison.cells(task, "final_training_loss")
-        metrics = comparison.cells(task, "peak_metric")
-        if swept not in losses or math.isnan(losses[swept].mean + metrics[swept].mean):
-            continue
+    for task, beside in found.items():
         row = [comparison.title(task)]
         for name in others:
-            if name not in losses:
+            if name not in beside:
                 row.append("")
                 continue
-            ratio = losses[name].mean / losses[swept].mean
-            ahead = metrics[name].mean - metrics[swept].mean
-            behind = ahead if comparison.lower_is_better(task) else -ahead
-            holds = ratio <= STANDS and behind <= (metrics[swept].error or 0.0)
+            ratio, ahead, stands = beside[name]
             text = "failed" if math.isnan(ratio + ahead) else f"{ratio:.2f} / {ahead:+.4f}"
-            row.append(f"**{text}**" if holds else text)
-            stands[name] += holds
-            of_tasks[name] += 1
+            row.append(f"**{text}**" if stands else text)
         rows.append(row)
-    if not rows or not others:
-        return []
-    rows.append(["stands", *(f"{stands[name]} of {of_tasks[name]}" for name in others)])
+    counts = []
+    for name in others:
+        of_name = [beside[name].stands for beside in found.values() if name in beside]
+        counts.append(f"{sum(of_name)} of {len(of_name)}")
+    rows.append(["stands", *counts])
     return [
         "## Beside a sweep",
         f"One run of each candidate beside {comparison.labels[swept]}: its final training loss as "

@@ -107,3 +107,11 @@ def test_the_peak_is_the_best_that_is_finite(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_is_recorded_as_missing():
     recorded = comparison.runs._plain({"losses": [1.0, math.nan, math.inf, 123456.789], "n": 3})
     assert recorded == {"losses": [1.0, None, None, 123460.0], "n": 3}
+
+
+def test_a_run_records_where_it_searched(tmp_path):
+    results = carry_out(prose_run(tmp_path, "salsa_adam"))
+    assert len(results["searched_at"]) == results["searches"] > 0
+    assert results["searched_at"][0] == 1
+    assert set(results["searched_at"]) <= set(range(1, results["updates"] + 1))
+    assert carry_out(prose_run(tmp_path, "adam", rate=1e-3))["searched_at"] == []

@@ -8,6 +8,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import hf_salsa
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 
 # First line of a Python block that cannot run here -> why.
@@ -29,7 +30,8 @@ CANNOT_RUN: dict[str, str] = {}
 def documents():
     found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     found += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").rglob("*.md")]
-    return sorted(f"{path.relative_to(ROOT)}" for path in found if path.exists())
+    found += [ROOT / "model_cards" / "README.md"]
+    return sorted(f"{path.relative_to(ROOT)}" for path in found)
 
 
 class Block(NamedTuple):
@@ -228,6 +230,40 @@ def test_files_that_commands_and_prose_name_exist(document):
     words = [w for block in blocks(document) for command in commands(block) for w in command]
     words += [word for code in re.findall(r"`([^`\n]+)`", prose(document)) for word in code.split()]
     assert not [word for word in words if names_nothing(word)]
+
+
+def test_readme_fits_a_few_screens():
+    """It is the face of the project: whatever is longer goes to docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def readme_command(readme, words):
+    """What .ci/run takes for one of the two commands of a README."""
+    script = (ROOT / ".ci" / "run").read_text()
+    function = re.search(r"^readme_command\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)[0]
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'{function} readme_command "$1"', "bash", words],
+        cwd=readme.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ci_finds_the_two_commands_in_the_readme(tmp_path):
+    main_job = readme_command(ROOT / "README.md", "scripts/run_")
+    assert re.match(r"python3 -m venv .* scripts/run_clm\.py --output_dir \S+", main_job)
+    tests = readme_command(ROOT / "README.md", "-m pytest")
+    assert re.match(r"python3 -m venv .* -m pytest --cov$", tests.strip())
+    # Wherever they stand, after other blocks that install and run.
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "```bash\npip install .\npython scripts/run_glue.py\npython -m pytest\n```\n"
+        f"python3 -m venv of a sentence: scripts/run_clm.py\n```bash\n{tests}{main_job}```\n"
+    )
+    assert readme_command(readme, "scripts/run_") == main_job
+    assert readme_command(readme, "-m pytest") == tests
 
 
 def test_no_two_test_files_have_the_same_name():
