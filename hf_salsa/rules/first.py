@@ -22,23 +22,24 @@ def find_first(line: Line, start: float, c: float) -> tuple[float, float, int, O
         c: Share of the first-order decrease that must be reached, in (0, 1).
 
     Returns:
-        The step size, 0 if the search failed; the loss of the last trial, NaN without one; the
-        number of trials; the outcome as in `SearchRecord`.
+        The step size, 0 if the search failed; its loss, or that of the last trial if it failed, NaN
+        without one; the number of trials; the outcome as in `SearchRecord`.
     """
     step_size, trial_loss, trials = start, math.nan, 0
     accepted, rejected, bisections = 0.0, math.inf, 0
+    accepted_loss = math.nan
     if line.slope <= 0:
         return 0.0, trial_loss, 0, "slope"
     while bisections < _BISECTIONS:
         if step_size * line.slope < line.resolution:
             return 0.0, trial_loss, trials, "unresolved"
         if trials == _MOST_TRIALS:
-            return accepted, trial_loss, trials, "accepted" if accepted else "trials"
+            break
         between = accepted > 0 and rejected < math.inf
         trial_loss, trials = line.loss_at(step_size), trials + 1
         decrease = line.loss - trial_loss
         if math.isfinite(decrease) and decrease >= c * step_size * line.slope:
-            accepted = step_size
+            accepted, accepted_loss = step_size, trial_loss
         else:
             rejected = step_size
         bisections += between
@@ -46,4 +47,6 @@ def find_first(line: Line, start: float, c: float) -> tuple[float, float, int, O
             step_size = math.sqrt(accepted) * math.sqrt(rejected)
         else:
             step_size *= _STRIDE if accepted else 1 / _STRIDE
-    return accepted, trial_loss, trials, "accepted"
+    if not accepted:
+        return 0.0, trial_loss, trials, "trials"
+    return accepted, accepted_loss, trials, "accepted"

@@ -19,6 +19,7 @@ _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
+_HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 500  # steps; a shorter run has a share of them
 
@@ -85,6 +86,7 @@ class Plus(StepSizeRule[PlusState]):
                     slope and of 2 D / eta^2, and s / kappa is where the parabola has its minimum
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten, and halves while it is above that by more than two standard deviations
+                    and D is above B / 100: a run needs steps to come back
         tail        it does not grow
 
     After a new head was trained alone, `reach_after_head` is in the place of `reach`: a trained
@@ -172,13 +174,16 @@ class Plus(StepSizeRule[PlusState]):
         weight = 1 - _BETA**state.samples
         change, loss = state.change / weight, state.loss / weight
         mean, deviation = self._start_of_run(state)
-        if change > bound or loss > mean + _OUT_OF_RANGE * deviation:
-            shrinkage = (bound / change) ** (steps / _STEPS_TO_RETURN) if change > bound else 0.0
-            shrinkage = max(0.5, shrinkage)
-            # Else the average would go on shrinking what no longer makes such changes.
+        too_high = loss > mean + _OUT_OF_RANGE * deviation
+        out_of_range = too_high and change > bound / _HARDLY  # else only steps can bring it back
+        if change > bound or out_of_range:
+            shrinkage = 0.5
+            if not out_of_range:
+                shrinkage = max(shrinkage, (bound / change) ** (steps / _STEPS_TO_RETURN))
             return replace(
                 state,
                 step_size=state.step_size * shrinkage,
+                # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )
         if line.last_factor < 1 or loss > mean:
@@ -186,7 +191,7 @@ class Plus(StepSizeRule[PlusState]):
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
-            room = math.log(bound) - math.log(change)
+            room = math.log(bound / change)
             growth = min(growth, math.exp(min(room * steps / _STEPS_TO_RETURN, 1.0)))
         step_size = min(state.step_size * growth, self._reach(state, line))
         return replace(state, step_size=max(state.step_size, step_size))
@@ -243,6 +248,12 @@ class Plus(StepSizeRule[PlusState]):
 
     def describe(self) -> str:
         """Return how the step size is found, for cards."""
+        when = "every step"
+        if self.max_search_interval > 1:
+            when += (
+                " in the beginning, and ever less often later, up to "
+                f"{self.max_search_interval} steps apart"
+            )
         double = f"{self.steps_to_double:.3g} step{'' if self.steps_to_double == 1 else 's'}"
         return (
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
@@ -250,6 +261,5 @@ class Plus(StepSizeRule[PlusState]):
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
             f"{double}, and is kept where a step changes the loss of the next mini-batch by at "
             f"most {100 * self.trust:.3g} % of the loss at the start beside what its gradient "
-            f"foresees. {self.describe_tail()}; the search ran at every step in the beginning, and "
-            f"ever less often later, up to {self.max_search_interval} steps apart"
+            f"foresees. {self.describe_tail()}; the search ran at {when}"
         )

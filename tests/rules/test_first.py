@@ -29,7 +29,7 @@ def test_it_is_close_below_the_largest_that_armijo_accepts(log_edge, log_start, 
     found, trial_loss, trials, outcome, tried = first(loss_at, math.exp(log_start), loss=0.0, c=c)
     assert outcome == "accepted"
     assert edge / 8**0.25 * (1 - 1e-9) <= found <= edge * (1 + 1e-9)
-    assert (trials, trial_loss) == (len(tried), loss_at(tried[-1]))
+    assert (trials, trial_loss) == (len(tried), loss_at(found))
     assert tried[0] == math.exp(log_start)
 
 
