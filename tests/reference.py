@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_salsa.rules import Plus, plus
+from hf_salsa.rules import Plus, first, plus
 
 Loss = Callable[[list[Tensor]], Tensor]
 
@@ -314,12 +314,12 @@ class PlusReference(Reference):
 
         low = high = self.eta
         if accepts(self.eta):
-            while accepts(high := high * plus._STRIDE):
+            while accepts(high := high * first._STRIDE):
                 low = high
         else:
-            while not accepts(low := low / plus._STRIDE):
+            while not accepts(low := low / first._STRIDE):
                 high = low
-        for _ in range(plus._BISECTIONS):
+        for _ in range(first._BISECTIONS):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if accepts(middle) else (low, middle)
         self.eta, self.searched = self.settings["first_share"] * low, True

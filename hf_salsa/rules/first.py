@@ -44,7 +44,7 @@ def find_first(line: Line, start: float, c: float) -> tuple[float, float, int, O
             rejected = step_size
         bisections += between
         if accepted and rejected < math.inf:
-            step_size = math.sqrt(accepted) * math.sqrt(rejected)
+            step_size = math.sqrt(accepted * rejected)
         else:
             step_size *= _STRIDE if accepted else 1 / _STRIDE
     if not accepted:

@@ -18,7 +18,7 @@ def search(rule, state, loss_at, *, loss=1.0, slope=1.0, resolution=EPSILON, agr
         tried.append(step_size)
         return loss_at(step_size)
 
-    line = Line(noting, loss=loss, slope=slope, resolution=resolution, agreement=agreement)
+    line = Line(noting, loss=loss, slope=slope, resolution=resolution, agreement=agreement, step=1)
     return *rule.search(state, line), tried
 
 

@@ -12,20 +12,18 @@ from lines import parabola, search
 from problems import HARD
 
 from hf_salsa.rules import Line, Plus, PlusState
+from hf_salsa.rules.first import _BISECTIONS, _MOST_TRIALS, _STRIDE
 from hf_salsa.rules.plus import (
     _BETA,
-    _BISECTIONS,
     _C,
     _DENSE,
     _FIRST,
     _HARDLY,
-    _MOST_TRIALS,
     _OUT_OF_RANGE,
     _RESOLVED,
     _RUN,
     _SAMPLE_LIMIT,
     _STEPS_TO_RETURN,
-    _STRIDE,
 )
 
 SETTINGS = Plus()
@@ -65,7 +63,7 @@ def look(state, change=0.0, *, loss=1.0, slope=1e9, foreseen=0.5, settings=SETTI
 
     line = {"resolution": 0.0} | line
     record, found = settings.search(
-        state, Line(loss_at, loss=loss, slope=slope, look_back=look_back, **line)
+        state, Line(loss_at, loss=loss, slope=slope, look_back=look_back, **{"step": 1, **line})
     )
     return record, found, len(looks)
 

@@ -47,6 +47,7 @@ def test_a_search_is_the_same_at_another_scale(name, degree, growth):
         resolution=2**-20,
         agreement=0.5,
         look_back=lambda: (1.25, -0.247),
+        step=9,
     )
     other = Line(
         lambda eta: growth * loss_at(eta / shrinkage),
@@ -55,6 +56,7 @@ def test_a_search_is_the_same_at_another_scale(name, degree, growth):
         resolution=growth * 2**-20,
         agreement=growth / shrinkage * 0.5,
         look_back=lambda: (growth * 1.25, growth * -0.247),
+        step=9,
     )
     record, expected = rule.search(state, line)
     record_there, found = rule.search(state.rescaled(growth, shrinkage), other)

@@ -49,6 +49,11 @@ RANGES = {
     "momentum": ("in [0, 1)", [0, 0.0, 0.99], [1, 1.0, -0.9]),
     "weight_decay": ("a finite number, at least 0", [0, 0.0, 10], [-0.01]),
     "head_first": ("a whole number of updates, at least 0", [0, 1, 10**6], [-1, 10.0]),
+    "step_size_factor": (
+        "finite number above 0",
+        [0.1, 1, 16.0],
+        [0, -1.0, math.inf, math.nan, "1", True],
+    ),
     "head": ("True or False", [True, False], [0, 1, "True", None, 1.0, math.nan]),
 }
 NO_NUMBER = ("direction", "require_decrease", "head")
