@@ -23,8 +23,11 @@ from transformers.training_args import OptimizerNames
 
 from .accelerated import unwrap_evaluating, unwrap_optimizer
 from .model_card import write_model_card
+from .model_card_procedure import add_to_procedure, head_first_sentence
 from .objective import BatchObjective
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .phases import phases_of
+from .printing import print_by
 from .refusals import refuse_what_comes_out_wrong
 from .run_trace import RunTrace
 from .search_arguments import (
@@ -82,6 +85,8 @@ class SaLSaTrainerMixin(HeadFirstMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [print_by(callback) for callback in callbacks]
         self.add_callback(RunTrace())
         if self.optimizer is not None:
             name = type(self.optimizer).__name__
@@ -348,6 +353,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
             settings |= {"dataset": dataset, "dataset_name": dataset_name}
             # Only what was given: TRL's own takes few of these.
             super().create_model_card(**{k: v for k, v in settings.items() if v is not None})
+            self._tell_of_head()
         elif self.is_world_process_zero():
             write_model_card(
                 Path(str(self.args.output_dir)),
@@ -361,6 +367,15 @@ class SaLSaTrainerMixin(HeadFirstMixin):
                 **settings,
             )
 
+    def _tell_of_head(self) -> None:
+        """Say on the card of a stock optimizer that it trained a new head first, if it did."""
+        evaluating = unwrap_evaluating(self.optimizer)
+        if evaluating is not None and self.is_world_process_zero():
+            head = phases_of(evaluating, self.state.max_steps).head
+            model = self.accelerator.unwrap_model(self.model)
+            sentences = head_first_sentence(evaluating, model, head)
+            add_to_procedure(Path(str(self.args.output_dir)) / "README.md", sentences)
+
     @property
     def run_trace(self) -> RunTrace:
         """The searches of the current run."""
@@ -371,15 +386,20 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         """Return what the searches of this run cost and found."""
         trace, totals = self.run_trace, asdict(line_search.counters)
         of_run = {name: total - trace.before.get(name, 0) for name, total in totals.items()}
+        settled = line_search.param_groups[0]["step_size"]
         # Each evaluation repeats the forward passes of one update.
         forward_passes = of_run["trials"] + self.state.global_step
-        median = trace.median_step_size(self.state.global_step)
+        head = phases_of(line_search, self.state.max_steps).head
+        median = trace.median_step_size(self.state.global_step, after=head)
         return {
             "salsa/searches": of_run["searches"],
             "salsa/trials": of_run["trials"],
             "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
+            "salsa/search_runtime": round(trace.search_seconds, 4),
             "salsa/failed_searches": of_run["failed_searches"],
             "salsa/skipped_steps": of_run["skipped_steps"],
+            # Of the searches, which go on at the full step size while a tail brings it down.
+            "salsa/settled_step_size": 0.0 if median is None else settled,
             "salsa/median_step_size": 0.0 if median is None else median,
             "salsa/final_step_size": line_search.step_size,
         }

@@ -295,7 +295,9 @@ def test_callbacks_are_stocks_and_one(arguments):
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     stock = [type(c) for c in make_trainer(arguments, **STOCK).callback_handler.callbacks]
     assert set(DEFAULT_CALLBACKS) <= set(stock)
-    assert kinds == [*stock, RunTrace]
+    assert stock[-1] is PrinterCallback
+    assert kinds == [*stock[:-1], RunPrinter, RunTrace]
+    assert issubclass(RunPrinter, PrinterCallback)
 
 
 @every_optimizer
