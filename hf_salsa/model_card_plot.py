@@ -84,9 +84,8 @@ def _draw(
     figure = Figure(figsize=_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 3))
-    heading = f"{one_line(title)}: loss and step size"
-    lines = textwrap.wrap(heading, _TITLE_WIDTH, max_lines=2, placeholder=" ...")
-    figure.suptitle(_plain("\n".join(lines)))
+    name = textwrap.wrap(one_line(title), _TITLE_WIDTH, max_lines=1, placeholder="...")
+    figure.suptitle(_plain("\n".join([*name, "loss and step size"])))
     _draw_losses(top, losses, evaluations)
     _draw_step_sizes(bottom, rates, found, phases)
     bottom.set_xlabel("training step (updates of the weights)")
@@ -123,7 +122,7 @@ def _draw_step_sizes(panel: Any, rates: _Curve, found: _Curve, phases: Phases) -
     panel.plot(*zip(*shown, strict=True), color="black", linewidth=1)
     marks = _after(found, phases.head) if shown != rates else found
     if marks:
-        options = {"color": _COLOURS["search"], "markersize": 3, "label": "a search"}
+        options = {"color": _COLOURS["search"], "markersize": 2.5, "label": "a search"}
         panel.plot(*zip(*marks, strict=True), "o", **options)
     panel.set_yscale("log")
     sizes = [size for _, size in shown + marks]

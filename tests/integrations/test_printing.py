@@ -171,7 +171,9 @@ def test_the_three_lines():
     ]
     one = {"searches": 1, "trials": 1}
     lines = closing_lines(end(100, **REPORT | one), optimizer(SaLSaAdamPlus, cool_down=0.25))
-    assert lines[0] == "Step size: settled at 4.00e-05, and fell to 0 over the last 25 % of the run."
+    assert (
+        lines[0] == "Step size: settled at 4.00e-05, and fell to 0 over the last 25 % of the run."
+    )
     assert lines[1].endswith("for 1 search with 1 extra forward pass.")
     assert closing_lines(end(100, **REPORT), optimizer(SaLSaSGD))[2].startswith("SGD: if you must")
 

@@ -38,6 +38,7 @@ from torch import nn
 from trainer_problems import assert_same_weights, weights
 from transformers import (
     EarlyStoppingCallback,
+    PrinterCallback,
     SchedulerType,
     Trainer,
     TrainerCallback,
@@ -46,6 +47,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from hf_salsa import OPTIMIZERS, SaLSaTrainer
+from hf_salsa.printing import RunPrinter
 from hf_salsa.run_trace import RunTrace
 from hf_salsa.trainer import StepSizeReadout
 
