@@ -3,7 +3,6 @@
 Drawn for a phone: 360 pixels wide, its letters are still ten pixels high.
 """
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,8 +83,10 @@ def _draw(
     figure = Figure(figsize=_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 3))
-    name = textwrap.wrap(one_line(title), _TITLE_WIDTH, max_lines=1, placeholder="...")
-    figure.suptitle(_plain("\n".join([*name, "loss and step size"])))
+    name = one_line(title)
+    if len(name) > _TITLE_WIDTH:
+        name = f"{name[: _TITLE_WIDTH - 3]}..."
+    figure.suptitle(f"{_plain(name)}\nloss and step size")
     _draw_losses(top, losses, evaluations)
     _draw_step_sizes(bottom, rates, found, phases)
     bottom.set_xlabel("training step (updates of the weights)")

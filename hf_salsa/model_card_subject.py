@@ -9,7 +9,12 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modelcard import TASK_MAPPING, is_hf_dataset
 
 _CARD = "README.md"
@@ -29,6 +34,12 @@ _FILE_BUILDERS = {
     "webdataset",
     "xml",
 }
+# What loads a tokenizer or processor of a kind, and its name in the code.
+_PARTS = (
+    (PreTrainedTokenizerBase, "tokenizer", "AutoTokenizer"),
+    (ImageProcessingMixin, "processor", "AutoImageProcessor"),
+    (FeatureExtractionMixin, "processor", "AutoFeatureExtractor"),
+)
 
 
 @dataclass(frozen=True)
@@ -215,12 +226,14 @@ def loading_code(
         imports.append("from safetensors.torch import load_file")
         code.append(f"model.load_state_dict(load_file({_quoted(f'{path}/model.safetensors')}))")
 
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        of_transformers.append("AutoTokenizer")
-        code.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(path)})")
-    elif processing_class is not None:
-        of_transformers.append("AutoProcessor")
-        code.append(f"processor = AutoProcessor.from_pretrained({_quoted(path)})")
+    if processing_class is not None:
+        # AutoProcessor wants all parts of a processor, of which this may be one.
+        variable, auto = next(
+            (names for kind, *names in _PARTS if isinstance(processing_class, kind)),
+            ("processor", "AutoProcessor"),
+        )
+        of_transformers.append(auto)
+        code.append(f"{variable} = {auto}.from_pretrained({_quoted(path)})")
     if of_transformers:
         imports.append(f"from transformers import {', '.join(sorted(of_transformers))}")
     return "\n".join([*sorted(imports), "", *code])

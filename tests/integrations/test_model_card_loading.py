@@ -17,6 +17,8 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    BlipImageProcessor,
+    BlipProcessor,
     PreTrainedTokenizerFast,
     ViTImageProcessor,
     Wav2Vec2FeatureExtractor,
@@ -59,6 +61,10 @@ def images():
     return ViTImageProcessor(size={"height": 8, "width": 8})
 
 
+def images_and_words():
+    return BlipProcessor(BlipImageProcessor(size={"height": 8, "width": 8}), words())
+
+
 def sounds():
     return Wav2Vec2FeatureExtractor()
 
@@ -89,7 +95,7 @@ RESNET = {
 }
 DETR = {
     **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 2},
-    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16},
+    **{"encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 16},
     **{"decoder_ffn_dim": 16, "use_timm_backbone": False, "use_pretrained_backbone": False},
     **{"backbone": None, "backbone_config": RESNET},
 }
@@ -112,7 +118,8 @@ OTHERS = [
     ("image-segmentation", "DetrForSegmentation", "DetrConfig", DETR, images),
     ("table-question-answering", "TapasForQuestionAnswering", "TapasConfig", WORDS, words),
     ("zero-shot-image-classification", "CLIPModel", "CLIPConfig", PROJECTED, words),
-    ("image-text-to-text", "BlipForConditionalGeneration", "BlipConfig", PROJECTED, words),
+    ("image-text-to-text", "BlipForConditionalGeneration", "BlipConfig", PROJECTED,
+     images_and_words),
 ]  # fmt: skip
 
 
@@ -241,7 +248,7 @@ def test_loading_code_of_an_adapter_inside_of_the_model(write, bert, monkeypatch
     assert_same_logits(loaded, model)
 
 
-@pytest.mark.parametrize("names", [["default", "b"], ["a", "b"], ["a"]])
+@pytest.mark.parametrize("names", [["default", "second"], ["first", "second"], ["first"]])
 def test_loading_code_of_adapters_with_names(write, bert, monkeypatch, tmp_path, names):
     bert().save_pretrained(tmp_path / "base")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -250,7 +257,7 @@ def test_loading_code_of_adapters_with_names(write, bert, monkeypatch, tmp_path,
     for name in names[1:]:
         model.add_adapter(name, config)
     card = write(model=model)
-    several = f"a set of 2 adapters (`{names[0]}`, `b`)" if len(names) == 2 else "an adapter"
+    several = f"a set of 2 adapters (`{names[0]}`, `second`)" if len(names) == 2 else "an adapter"
     assert f"This model is {several} of a local model, `base`, trained on an unknown" in card
     assert "from scratch" not in card
     model.save_pretrained(write.folder)

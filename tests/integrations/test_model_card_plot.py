@@ -101,7 +101,7 @@ def test_interrupted_in_the_phase_of_the_head(draw):
         ("tiny-bert", "tiny-bert"),
         (
             "bert-base-uncased on $MRPC$, with a tail, seed 12",
-            "bert-base-uncased on \\$MRPC\\$, with a...",
+            "bert-base-uncased on \\$MRPC\\$, with a t...",
         ),
         ("a" * 100, f"{'a' * 37}..."),
     ],
