@@ -90,11 +90,12 @@ GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 32}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
 PROJECTED = {"text_config": WORDS, "vision_config": VIT, "projection_dim": 8}
 RESNET = {
-    **{"model_type": "resnet", "num_channels": 3, "embedding_size": 8, "out_features": ["stage1"]},
-    **{"hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
+    **{"model_type": "resnet", "num_channels": 3, "embedding_size": 8},
+    **{"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
 DETR = {
-    **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 2},
+    **{"d_model": 128, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 2},
     **{"encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_ffn_dim": 16},
     **{"decoder_ffn_dim": 16, "use_timm_backbone": False, "use_pretrained_backbone": False},
     **{"backbone": None, "backbone_config": RESNET},

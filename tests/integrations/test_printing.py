@@ -192,13 +192,14 @@ def test_the_searches_are_timed(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("hf_salsa.run_trace.time.perf_counter", lambda: clock[0])
     weight = torch.nn.Parameter(torch.ones(2))
-    sgd = SaLSaSGD([weight], max_search_interval=3)
+    sgd = SaLSaSGD([weight])
     trace = RunTrace()
     arguments = TrainingArguments("unused", use_cpu=True)
     heard = (arguments, TrainerState(), None)
     trace.on_train_begin(*heard, optimizer=sgd)
     searches = 0
-    for _ in range(40):
+    for step in range(12):
+        sgd.param_groups[0]["search_interval"] = 1 if step < 2 else 4
         weight.grad = 2 * weight.detach()
         searching = sgd.search_due
         trace.on_pre_optimizer_step(*heard, optimizer=sgd)
@@ -207,9 +208,9 @@ def test_the_searches_are_timed(monkeypatch):
         trace.on_optimizer_step(*heard, optimizer=sgd)
         searches += searching
         clock[0] += 100  # the rest of training
-        if searches == 2:
+        if step == 1:
             assert trace.search_seconds == pytest.approx(10)  # no other step is known yet
-    assert 2 < searches < 40
+    assert searches == 4
     assert trace.search_seconds == pytest.approx(4 * searches)
     trace.on_train_begin(*heard, optimizer=sgd)
     assert trace.search_seconds == 0
