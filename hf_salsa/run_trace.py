@@ -9,6 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .accelerated import unwrap_optimizer
+from .optimizers import LineSearchOptimizer
+from .phases import phases_of
 from .rules import SearchRecord
 
 _MOST_POINTS = 500
@@ -100,6 +102,33 @@ class RunTrace(TrainerCallback, ExportableState):
             if len(self.points) > _MOST_POINTS:
                 self.points, self._every = self.points[::2], 2 * self._every
         self._searches += 1
+
+    def report(self, line_search: LineSearchOptimizer, state: TrainerState) -> dict[str, float]:
+        """Return what the searches of the run cost and found, for the log at its end.
+
+        Args:
+            line_search: The optimizer.
+            state: Trainer's.
+        """
+        totals = asdict(line_search.counters)
+        of_run = {name: total - self.before.get(name, 0) for name, total in totals.items()}
+        # Each evaluation repeats the forward passes of one update.
+        forward_passes = of_run["trials"] + state.global_step
+        head = phases_of(line_search, state.max_steps).head
+        median = self.median_step_size(state.global_step, after=head)
+        # Of the searches, which go on at the full step size while a tail brings it down.
+        settled = line_search.param_groups[0]["step_size"]
+        return {
+            "salsa/searches": of_run["searches"],
+            "salsa/trials": of_run["trials"],
+            "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
+            "salsa/search_runtime": round(self.search_seconds, 4),
+            "salsa/failed_searches": of_run["failed_searches"],
+            "salsa/skipped_steps": of_run["skipped_steps"],
+            "salsa/settled_step_size": 0.0 if median is None else settled,
+            "salsa/median_step_size": 0.0 if median is None else median,
+            "salsa/final_step_size": line_search.step_size,
+        }
 
     def median_step_size(self, last_step: int, after: int = 0) -> float | None:
         """Return the median over steps of the run of the step size applied; None without any.

@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +306,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
             logs["salsa/trials"] = counters.trials - trace.before.get("trials", 0)
             logs.update(trace.latest)
         elif line_search is not None and "train_runtime" in logs:
-            logs.update(self._search_report(line_search))
+            logs.update(self.run_trace.report(line_search, self.state))
         super().log(logs, start_time)
 
     def create_model_card(
@@ -381,28 +380,6 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         """The searches of the current run."""
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, RunTrace))
-
-    def _search_report(self, line_search: LineSearchOptimizer) -> dict[str, float]:
-        """Return what the searches of this run cost and found."""
-        trace, totals = self.run_trace, asdict(line_search.counters)
-        of_run = {name: total - trace.before.get(name, 0) for name, total in totals.items()}
-        settled = line_search.param_groups[0]["step_size"]
-        # Each evaluation repeats the forward passes of one update.
-        forward_passes = of_run["trials"] + self.state.global_step
-        head = phases_of(line_search, self.state.max_steps).head
-        median = trace.median_step_size(self.state.global_step, after=head)
-        return {
-            "salsa/searches": of_run["searches"],
-            "salsa/trials": of_run["trials"],
-            "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
-            "salsa/search_runtime": round(trace.search_seconds, 4),
-            "salsa/failed_searches": of_run["failed_searches"],
-            "salsa/skipped_steps": of_run["skipped_steps"],
-            # Of the searches, which go on at the full step size while a tail brings it down.
-            "salsa/settled_step_size": 0.0 if median is None else settled,
-            "salsa/median_step_size": 0.0 if median is None else median,
-            "salsa/final_step_size": line_search.step_size,
-        }
 
 
 class SaLSaTrainer(SaLSaTrainerMixin, Trainer):
