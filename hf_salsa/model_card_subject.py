@@ -199,7 +199,8 @@ def loading_code(
     of_transformers = []
     trust = ""
     if module.startswith("transformers_modules."):  # the hub's code, which no import finds
-        name, trust = str(type(bare_model)._auto_class), ", trust_remote_code=True"
+        auto_class = type(bare_model)._auto_class  # type: ignore[attr-defined]
+        name, trust = f"{auto_class or 'AutoModel'}", ", trust_remote_code=True"
         of_transformers.append(name)
     elif module.startswith("transformers."):
         of_transformers.append(name)

@@ -87,7 +87,7 @@ class RunProgress(_Tidy, ProgressCallback):
         if line_search is not None and self.training_bar is not None:
             text = f"step size {line_search.step_size:.2e}"
             self.training_bar.set_postfix_str(text, refresh=False)
-        super().on_step_end(args, state, control, **kwargs)
+        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def say(self, line: str, state: TrainerState) -> None:
         """Print a line above the bar."""
