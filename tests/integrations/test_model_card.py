@@ -18,6 +18,7 @@ from hf_salsa import (
     model_card_subject,
 )
 
+SHORT = [end(10)]  # no plot to draw
 VERSIONS = {"hf_salsa": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"}
 
 
@@ -282,7 +283,7 @@ def based(request, write, bert, tmp_path, monkeypatch):
     def make(**options):
         model = bert()
         model.config._name_or_path = source
-        data = ModelCard(write(model=model, **options)).data.to_dict()
+        data = ModelCard(write(SHORT, model=model, **options)).data.to_dict()
         assert asked == ([source] * len(asked) if request.param == "hub" else [])
         return data
 
@@ -314,8 +315,8 @@ def test_a_base_model_whose_card_says_nothing(based, content):
 
 def test_the_hub_knows_the_optimizer(write):
     for optimizer, name in ((SLSSGD, "sls_sgd"), (SaLSaAdamPlus, "salsa_adam_plus")):
-        assert ModelCard(write(optimizer=optimizer)).data.to_dict()["optim"] == name
-    assert ModelCard(write(optimizer=KeywordOnly)).data.to_dict()["optim"] == "KeywordOnly"
+        assert ModelCard(write(SHORT, optimizer=optimizer)).data.to_dict()["optim"] == name
+    assert ModelCard(write(SHORT, optimizer=KeywordOnly)).data.to_dict()["optim"] == "KeywordOnly"
 
 
 def test_data_sets_are_named(write):
@@ -417,13 +418,13 @@ def test_a_head_that_was_trained_first(write):
         "trained the new head alone (`classifier`), by a line search of its own along the signs of "
         "its gradient; the optimizer began after that, on all of the model.\n"
     )
-    assert f"come to rest. The first 10 updates {sentence}" in write(optimizer=with_head(10))
-    assert f"come to rest. The first update {sentence}" in write(optimizer=with_head(1))
+    assert f"come to rest. The first 10 updates {sentence}" in write(SHORT, optimizer=with_head(10))
+    assert f"come to rest. The first update {sentence}" in write(SHORT, optimizer=with_head(1))
     none = "No new head on a trained body was found, so none was trained first.\n"
-    assert none in write(optimizer=with_head(0))
-    assert "new head" not in write(optimizer=with_head(0, wanted=0))
+    assert none in write(SHORT, optimizer=with_head(0))
+    assert "new head" not in write(SHORT, optimizer=with_head(0, wanted=0))
     # The head was trained in an earlier run of the same trainer.
-    assert none in write(optimizer=with_head(10, earlier=50))
+    assert none in write(SHORT, optimizer=with_head(10, earlier=50))
 
 
 def test_the_search_s_share_of_the_time(write):

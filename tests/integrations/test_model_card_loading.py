@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from card_runs import CardWriter
+from card_runs import CardWriter, end, evaluation
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -69,6 +69,7 @@ def sounds():
     return Wav2Vec2FeatureExtractor()
 
 
+SHORT = [evaluation(10, loss=0.5), end(10)]  # no plot to draw
 BERT = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -136,7 +137,7 @@ def test_every_task_that_transformers_knows_is_tested():
 def test_loading_code_of_each_task(write, monkeypatch, task, cls, config, settings, processing):
     configuration = getattr(transformers, config)(**settings)
     model = getattr(transformers, cls)(configuration)
-    card = write(model=model, processing_class=processing())
+    card = write(SHORT, model=model, processing_class=processing())
     data = ModelCard(card).data
     assert (data.eval_results[0].task_type if task else data.eval_results) == task
     model.save_pretrained(write.folder)
@@ -175,7 +176,7 @@ def test_loading_code_of_a_model_with_code_of_its_own(write, monkeypatch, tmp_pa
         tmp_path / "theirs", trust_remote_code=True
     )
     assert type(model).__module__.startswith("transformers_modules.")
-    card = write(model=model)
+    card = write(SHORT, model=model)
     model.save_pretrained(write.folder)
     loaded = load(card, write.folder, monkeypatch)["model"]
     assert type(loaded).__name__ == "OwnBert"
@@ -243,7 +244,7 @@ def test_loading_code_of_an_adapter_inside_of_the_model(write, bert, monkeypatch
     bert().save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
-    card = write(model=model)
+    card = write(SHORT, model=model)
     model.save_pretrained(write.folder)
     loaded = load(card, write.folder, monkeypatch)["model"]
     assert_same_logits(loaded, model)
@@ -257,7 +258,7 @@ def test_loading_code_of_adapters_with_names(write, bert, monkeypatch, tmp_path,
     model = get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
-    card = write(model=model)
+    card = write(SHORT, model=model)
     several = f"a set of 2 adapters (`{names[0]}`, `second`)" if len(names) == 2 else "an adapter"
     assert f"This model is {several} of a local model, `base`, trained on an unknown" in card
     assert "from scratch" not in card
