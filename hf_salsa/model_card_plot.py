@@ -21,6 +21,7 @@ _INCHES = (4.8, 5.8)
 _DPI = 200
 _TITLE_WIDTH = 40  # characters
 _DEEPEST = 30  # the tail is shown down to this fraction of the smallest step size before it
+_FEW = 30  # between the ends of the axis of step sizes: one label a power of ten is too few
 _COLOURS = {"head": "tab:orange", "tail": "tab:green", "search": "tab:red"}
 
 
@@ -92,6 +93,7 @@ def _draw(
     bottom.set_xlabel("training step (updates of the weights)")
     bottom.locator_params(axis="x", integer=True, nbins=6)
     last = max(step for step, _ in losses + rates + found)
+    last = max([last, *(evaluation.step for evaluation in evaluations)])
     for panel in (top, bottom):
         _mark_phases(panel, phases, last)
         panel.grid(alpha=0.3, which="both")
@@ -119,17 +121,22 @@ def _draw_losses(panel: Any, losses: _Curve, evaluations: list[Evaluation]) -> N
 
 
 def _draw_step_sizes(panel: Any, rates: _Curve, found: _Curve, phases: Phases) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     shown = _after(rates, phases.head) or rates
     panel.plot(*zip(*shown, strict=True), color="black", linewidth=1)
     marks = _after(found, phases.head) if shown != rates else found
     if marks:
         options = {"color": _COLOURS["search"], "markersize": 2.5, "label": "a search"}
         panel.plot(*zip(*marks, strict=True), "o", **options)
-    panel.set_yscale("log")
     sizes = [size for _, size in shown + marks]
     before_tail = [size for step, size in shown + marks if step <= phases.search] or sizes
-    # A narrower range has no labelled ticks, and makes much of nothing.
-    panel.set_ylim(max(min(sizes) / 2, min(before_tail) / _DEEPEST), max(sizes) * 2)
+    low, high = max(min(sizes) / 2, min(before_tail) / _DEEPEST), max(sizes) * 2
+    panel.set_yscale("log", subs=range(2, 10))
+    panel.set_ylim(low, high)  # a narrower range would make much of nothing
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < _FEW else (1,)))
+    panel.yaxis.set_major_formatter(lambda size, position: f"{size:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_ylabel("step size (log scale)")
 
 

@@ -95,19 +95,24 @@ def test_interrupted_in_the_phase_of_the_head(draw):
     assert legend(figure) == ["head first"]
 
 
+NARROW = [train(step, 0.5, 2e-3 + 1e-3 * (step % 2)) for step in range(1, 40)]
+
+
 @pytest.mark.parametrize(
-    ("name", "first"),
+    ("history", "name", "first"),
     [
-        ("tiny-bert", "tiny-bert"),
+        (NARROW, "tiny-bert", "tiny-bert"),
         (
+            WHOLE,
             "bert-base-uncased on $MRPC$, with a tail, seed 12",
             "bert-base-uncased on \\$MRPC\\$, with a t...",
         ),
-        ("a" * 100, f"{'a' * 37}..."),
+        (WHOLE[:60], "a" * 100, f"{'a' * 37}..."),
     ],
+    ids=["a narrow range", "two phases", "a long name"],
 )
-def test_a_phone_shows_it(draw, name, first):
-    figure = draw(WHOLE, optimizer=PLUS, searches=SEARCHES, model_name=name)
+def test_a_phone_shows_it(draw, history, name, first):
+    figure = draw(history, optimizer=PLUS, searches=SEARCHES, model_name=name)
     title = figure.get_suptitle()
     assert title == f"{first}\nloss and step size"
     with Image.open(draw.image) as image:
@@ -120,6 +125,8 @@ def test_a_phone_shows_it(draw, name, first):
     figure.draw_without_rendering()
     texts = shown(figure)
     assert len(texts) > 15
+    labels = figure.axes[1].get_yticklabels()
+    assert sum(label in texts for label in labels) >= 2  # a scale is read
     for text in texts:
         assert text.get_fontsize() / 72 * figure.dpi * PHONE / width >= 10, text
     boxes = [text.get_window_extent() for text in texts]
