@@ -12,12 +12,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerState, TrainingArguments
-from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import unwrap_peft_model
 
 from .model_card_front_matter import front_matter, keep_aside, tags_of
 from .model_card_markdown import Markdown, code_block, code_span, escape, render
 from .model_card_plot import plot
+from .model_card_procedure import procedure
 from .model_card_results import (
     Evaluation,
     best_step_of,
@@ -33,16 +33,19 @@ from .model_card_results import (
 )
 from .model_card_subject import (
     DataSet,
+    adapters_of,
+    base_card,
     base_model,
     data_set_names,
     data_sets_of,
-    is_adapter,
     library,
     listed,
     loading_code,
     tasks_of,
 )
-from .optimizers import LineSearchOptimizer
+from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .phases import phases_of
+from .printing import count, stock_name
 
 _PLOT = "step_size_and_loss.png"
 _ENOUGH_LOGGED = 20  # losses, to draw a curve
@@ -83,13 +86,13 @@ def write_model_card(
         optimizer: The line-search optimizer that was used, not wrapped by accelerate.
         model: The model that was trained, without the wrappers of distributed training.
         searches: (step, step size, loss of the mini-batch) of searches of the run, from which a
-            short run shows more than from its few logged losses.
+            short run shows more than from its few logged losses. The plot marks them.
         processing_class: The tokenizer or processor that is saved with the model.
         data: The evaluation (else the training) data. If it is a data set of the hub, it gives the
             defaults of `dataset_tags` and `dataset_args`.
         model_name: Title of the card; by default the name of `output_dir`.
-        language: Language codes, for the metadata.
-        license: License, for the metadata; by default that of the base model on the hub.
+        language: Language codes, for the metadata; by default those of the base model's card.
+        license: License, for the metadata; by default that of the base model's card.
         tags: Tags for the metadata, beside `generated_from_trainer` and `hf_salsa`.
         finetuned_from: The base model on the hub, or a folder; by default where the model was
             loaded from. An empty string says that it was trained from scratch.
@@ -105,7 +108,7 @@ def write_model_card(
     output_dir.mkdir(parents=True, exist_ok=True)
     readme = output_dir / "README.md"
     bare_model = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
-    adapter = is_adapter(model, bare_model)
+    adapters = adapters_of(model, bare_model)
     base_id, base_folder = base_model(bare_model, finetuned_from)
     kept_tags = tags_of(readme)
     title = model_name or output_dir.resolve().name
@@ -114,21 +117,22 @@ def write_model_card(
     training = [e for e in state.log_history if "loss" in e and "learning_rate" in e]
     if len(training) < min(_ENOUGH_LOGGED, len(searches)):
         training = [dict(zip(("step", "learning_rate", "loss"), s, strict=True)) for s in searches]
+    phases = phases_of(optimizer, state.max_steps)
     best_step = best_step_of(state, arguments)
     evaluations = evaluations_of(state.log_history, best_step)
     results = results_of(evaluations, best_step)
 
+    given = {"license": license, "language": listed(language)}
     metadata = _metadata(
         title,
         results,
         data_sets,
         listed(tasks) or tasks_of(bare_model),
         library_name=library(model, bare_model),
-        # Without one, transformers asks the hub for that of the base model.
-        license=TrainingSummary(title, license=license, finetuned_from=base_id).license,
-        language=listed(language) or None,
         base_model=base_id,
         tags=[*listed(tags), *(kept_tags or []), "generated_from_trainer", "hf_salsa"],
+        optim=_name(optimizer),
+        **base_card(bare_model, finetuned_from, {n: value for n, value in given.items() if value}),
     )
     code = loading_code(
         model,
@@ -136,28 +140,37 @@ def write_model_card(
         processing_class,
         path=arguments.hub_model_id or title,
         base=base_id or base_folder or "base_model",
+        adapters=adapters,
     )
     costs, has_median = _costs(state.log_history)
+    has_plot = plot(
+        output_dir / _PLOT,
+        training,
+        evaluations,
+        title=title,
+        searches=searches,
+        phases=phases,
+    )
     card = render(
         _TEMPLATE,
         front_matter=Markdown(front_matter(metadata)),
         title=title,
-        origin=_origin(bare_model, base_id, base_folder, adapter),
+        origin=_origin(bare_model, base_id, base_folder, adapters),
         data=data_set_names(data_sets),
         steps=state.global_step,
         best_step=best_step,
         results=results,
         metric_label=metric_label,
         metric_text=metric_text,
-        plot=_PLOT if plot(output_dir / _PLOT, training, evaluations) else None,
+        plot=_PLOT if has_plot else None,
         loading=code_block(code, "python"),
-        procedure=Markdown(_procedure(optimizer)),
-        plain_optimizer="AdamW" if optimizer.base_name == "Adam" else optimizer.base_name,
+        procedure=Markdown(procedure(optimizer, model, phases.head)),
+        plain_optimizer=stock_name(optimizer),
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         costs=costs,
         has_median=has_median,
         table=results_table(training, evaluations),
-        versions=_versions(is_adapter=adapter),
+        versions=_versions(is_adapter=bool(adapters)),
     )
     if kept_tags is None:
         warnings.warn(
@@ -186,32 +199,29 @@ def _metadata(
     return metadata
 
 
+def _name(optimizer: LineSearchOptimizer) -> str:
+    """Return the name by which `--optim` knows an optimizer; of another one that of its class."""
+    kind = type(optimizer)
+    return next((name for name, cls in OPTIMIZERS.items() if cls is kind), kind.__name__)
+
+
 def _origin(
-    model: nn.Module, base_id: str | None, base_folder: str | None, adapter: bool
+    model: nn.Module, base_id: str | None, base_folder: str | None, adapters: list[str]
 ) -> Markdown:
     """Return what the model was made from: `is a fine-tuned version of ...` and the like."""
     if base_id is not None:
         base = f"[{escape(base_id)}](https://huggingface.co/{base_id})"
     elif base_folder is not None:
         base = f"a local model, {code_span(base_folder)},"
-    elif adapter:
+    elif adapters:
         base = f"a model, {code_span(type(model).__name__)},"
     else:
         return Markdown("was trained from scratch")
-    if adapter:
-        return Markdown(f"is an adapter of {base.removesuffix(',')}, trained")
-    return Markdown(f"is a fine-tuned version of {base}")
-
-
-def _procedure(optimizer: LineSearchOptimizer) -> str:
-    """Return how the optimizer finds its step sizes, in a paragraph of Markdown."""
-    name = code_span(type(optimizer).__name__)
-    rule = optimizer.rule.describe()
-    return f"{name} takes {optimizer.base_name}'s steps with a step size that {rule}."
-
-
-def _count(number: int | str, one: str, many: str | None = None) -> str:
-    return f"{number} {one if str(number) == '1' else many or f'{one}s'}"
+    if not adapters:
+        return Markdown(f"is a fine-tuned version of {base}")
+    several = f"a set of {len(adapters)} adapters ({', '.join(map(code_span, adapters))})"
+    kind = "an adapter" if len(adapters) == 1 else several
+    return Markdown(f"is {kind} of {base.removesuffix(',')}, trained")
 
 
 def _hyperparameters(
@@ -227,7 +237,7 @@ def _hyperparameters(
     if state.max_steps > state.global_step:
         steps += f" of {state.max_steps} planned"
     if state.epoch is not None:
-        steps += f" ({_count(f'{state.epoch:.4g}', 'epoch')})"
+        steps += f" ({count(f'{state.epoch:.4g}', 'epoch')})"
     # On a CPU fp16 runs in float32.
     mixed_precision = arguments.mixed_precision
     if mixed_precision == "fp16" and arguments.device.type == "cpu":
@@ -268,21 +278,24 @@ def _costs(log_history: list[dict[str, Any]]) -> tuple[list[str], bool]:
         return [], False
     report = {key.removeprefix("salsa/"): value for key, value in reports[-1].items()}
     # An interrupted run logged a part of this, up to a step before its last.
-    searches = _count(report["searches"], "search", "searches")
+    searches = count(report["searches"], "search", "searches")
     lines = [
-        f"{searches} in {_count(report['step'], 'step')}",
-        _count(report["trials"], "extra forward pass", "extra forward passes"),
+        f"{searches} in {count(report['step'], 'step')}",
+        count(report["trials"], "extra forward pass", "extra forward passes"),
     ]
     if "extra_forward_share" in report:
         share = 100 * report["extra_forward_share"]
         lines[1] += f", {share:.1f} % of all forward passes of training"
+    if "search_runtime" in report:
+        share = 100 * report["search_runtime"] / max(report["train_runtime"], 1e-4)
+        lines.append(f"{share:.1f} % of the time of training")
     if "failed_searches" in report:
-        failed = _count(report["failed_searches"], "failed search", "failed searches")
+        failed = count(report["failed_searches"], "failed search", "failed searches")
         lines.append(f"{failed}, which kept the step size of before")
     if "skipped_steps" in report:
-        skipped = _count(report["skipped_steps"], "skipped step")
+        skipped = count(report["skipped_steps"], "skipped step")
         lines.append(f"{skipped}, at which the loss or a gradient was not finite")
-    sizes = {name: report.get(f"{name}_step_size") for name in ("median", "final")}
+    sizes = {name: report.get(f"{name}_step_size") for name in ("settled", "median", "final")}
     known = [f"{name} {step_size_text(size)}" for name, size in sizes.items() if size]
     if known:
         lines.append(f"step size: {', '.join(known)}")

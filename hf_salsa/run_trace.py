@@ -1,12 +1,16 @@
 """RunTrace: what the searches of one training run found and cost, for log, plot and card."""
 
+import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .accelerated import unwrap_optimizer
+from .optimizers import LineSearchOptimizer
+from .phases import phases_of
 from .rules import SearchRecord
 
 _MOST_POINTS = 500
@@ -28,6 +32,18 @@ class RunTrace(TrainerCallback, ExportableState):
         self._every = 1  # search is kept
         self._searches = 0
         self._seen: SearchRecord | None = None
+        self._reset_clock()
+
+    def _reset_clock(self) -> None:
+        self._started, self._searching = 0.0, False
+        # Of optimizer.step() with and without a search, and how many there were.
+        self._seconds, self._steps = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+
+    @property
+    def search_seconds(self) -> float:
+        """Seconds that the searches took; as Trainer's `train_runtime`, since a resume."""
+        plain = self._seconds[False] / max(1, self._steps[False])  # an update alone
+        return max(0.0, self._seconds[True] - plain * self._steps[True])
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -58,11 +74,24 @@ class RunTrace(TrainerCallback, ExportableState):
             self.points, self._every, self._searches = [], 1, 0
             self.latest = _shown(line_search.last_search)
         self._seen = line_search.last_search
+        self._reset_clock()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        line_search = unwrap_optimizer(kwargs.get("optimizer"))
+        self._searching = line_search is not None and line_search.search_due
+        if self._searching and args.device.type != "cpu":
+            torch.accelerator.synchronize()  # a search begins by waiting for backward
+        self._started = time.perf_counter()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the step if it searched."""
+        """Note how long the step took, and what it found if it searched."""
+        self._seconds[self._searching] += time.perf_counter() - self._started
+        self._steps[self._searching] += 1
         line_search = unwrap_optimizer(kwargs.get("optimizer"))
         record = None if line_search is None else line_search.last_search
         if line_search is None or record is None or record is self._seen:
@@ -74,15 +103,47 @@ class RunTrace(TrainerCallback, ExportableState):
                 self.points, self._every = self.points[::2], 2 * self._every
         self._searches += 1
 
-    def median_step_size(self, last_step: int) -> float | None:
-        """Return the median over the steps of the run of the step size applied; None without any.
+    def report(self, line_search: LineSearchOptimizer, state: TrainerState) -> dict[str, float]:
+        """Return what the searches of the run cost and found, for the log at its end.
+
+        Args:
+            line_search: The optimizer.
+            state: Trainer's.
+        """
+        totals = asdict(line_search.counters)
+        of_run = {name: total - self.before.get(name, 0) for name, total in totals.items()}
+        # Each evaluation repeats the forward passes of one update.
+        forward_passes = of_run["trials"] + state.global_step
+        head = phases_of(line_search, state.max_steps).head
+        median = self.median_step_size(state.global_step, after=head)
+        # Of the searches, which go on at the full step size while a tail brings it down.
+        settled = line_search.param_groups[0]["step_size"]
+        return {
+            "salsa/searches": of_run["searches"],
+            "salsa/trials": of_run["trials"],
+            "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
+            "salsa/search_runtime": round(self.search_seconds, 4),
+            "salsa/failed_searches": of_run["failed_searches"],
+            "salsa/skipped_steps": of_run["skipped_steps"],
+            "salsa/settled_step_size": 0.0 if median is None else settled,
+            "salsa/median_step_size": 0.0 if median is None else median,
+            "salsa/final_step_size": line_search.step_size,
+        }
+
+    def median_step_size(self, last_step: int, after: int = 0) -> float | None:
+        """Return the median over steps of the run of the step size applied; None without any.
 
         Between two searches the step size is that of the first of them.
+
+        Args:
+            last_step: The last step that counts.
+            after: The first steps, so many, do not: they trained a new head alone.
         """
-        ends = [*(step for step, _, _ in self.points[1:]), last_step + 1]
+        points = [point for point in self.points if point[0] > after]
+        ends = [*(step for step, _, _ in points[1:]), last_step + 1]
         spans = [
             (size, end - step)
-            for (step, size, _), end in zip(self.points, ends, strict=False)
+            for (step, size, _), end in zip(points, ends, strict=False)
             if size > 0
         ]
         half, covered = sum(span for _, span in spans) / 2, 0

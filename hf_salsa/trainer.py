@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,11 @@ from transformers.training_args import OptimizerNames
 
 from .accelerated import unwrap_evaluating, unwrap_optimizer
 from .model_card import write_model_card
+from .model_card_procedure import add_to_procedure, head_first_sentence
 from .objective import BatchObjective
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .phases import phases_of
+from .printing import print_by
 from .refusals import refuse_what_comes_out_wrong
 from .run_trace import RunTrace
 from .search_arguments import (
@@ -82,6 +84,8 @@ class SaLSaTrainerMixin(HeadFirstMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [print_by(callback) for callback in callbacks]
         self.add_callback(RunTrace())
         if self.optimizer is not None:
             name = type(self.optimizer).__name__
@@ -302,7 +306,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
             logs["salsa/trials"] = counters.trials - trace.before.get("trials", 0)
             logs.update(trace.latest)
         elif line_search is not None and "train_runtime" in logs:
-            logs.update(self._search_report(line_search))
+            logs.update(self.run_trace.report(line_search, self.state))
         super().log(logs, start_time)
 
     def create_model_card(
@@ -348,6 +352,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
             settings |= {"dataset": dataset, "dataset_name": dataset_name}
             # Only what was given: TRL's own takes few of these.
             super().create_model_card(**{k: v for k, v in settings.items() if v is not None})
+            self._tell_of_head()
         elif self.is_world_process_zero():
             write_model_card(
                 Path(str(self.args.output_dir)),
@@ -361,28 +366,20 @@ class SaLSaTrainerMixin(HeadFirstMixin):
                 **settings,
             )
 
+    def _tell_of_head(self) -> None:
+        """Say on the card of a stock optimizer that it trained a new head first, if it did."""
+        evaluating = unwrap_evaluating(self.optimizer)
+        if evaluating is not None and self.is_world_process_zero():
+            head = phases_of(evaluating, self.state.max_steps).head
+            model = self.accelerator.unwrap_model(self.model)
+            sentences = head_first_sentence(evaluating, model, head)
+            add_to_procedure(Path(str(self.args.output_dir)) / "README.md", sentences)
+
     @property
     def run_trace(self) -> RunTrace:
         """The searches of the current run."""
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, RunTrace))
-
-    def _search_report(self, line_search: LineSearchOptimizer) -> dict[str, float]:
-        """Return what the searches of this run cost and found."""
-        trace, totals = self.run_trace, asdict(line_search.counters)
-        of_run = {name: total - trace.before.get(name, 0) for name, total in totals.items()}
-        # Each evaluation repeats the forward passes of one update.
-        forward_passes = of_run["trials"] + self.state.global_step
-        median = trace.median_step_size(self.state.global_step)
-        return {
-            "salsa/searches": of_run["searches"],
-            "salsa/trials": of_run["trials"],
-            "salsa/extra_forward_share": of_run["trials"] / max(forward_passes, 1),
-            "salsa/failed_searches": of_run["failed_searches"],
-            "salsa/skipped_steps": of_run["skipped_steps"],
-            "salsa/median_step_size": 0.0 if median is None else median,
-            "salsa/final_step_size": line_search.step_size,
-        }
 
 
 class SaLSaTrainer(SaLSaTrainerMixin, Trainer):

@@ -38,7 +38,7 @@ _LONGEST = 120  # seconds that a process may take
 # What `Trainer` counts from the latest resuming on.
 _OF_ITS_PROCESS = (
     *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
-    "train_loss",
+    *("train_loss", "salsa/search_runtime"),
 )
 
 

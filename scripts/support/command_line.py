@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields
@@ -36,9 +36,15 @@ class UsageError(ValueError):
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the defaults, and the commands of a script's docstring as they were written."""
 
+    def _get_help_string(self, action: Action) -> str | None:
+        # No default, or one that the words for it tell.
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 class ScriptArgumentParser(HfArgumentParser):
     """`HfArgumentParser` that also reads a settings file and reports an error in one line.
+
+    `--help` shows the settings of the search first, in a group of their own.
 
     Args:
         argument_classes: The dataclasses to fill.
@@ -47,17 +53,33 @@ class ScriptArgumentParser(HfArgumentParser):
         defaults: Name -> default, where the script's default is not the dataclass's.
     """
 
+    _groups: list[Any] | None = None
+
     def __init__(
         self, argument_classes: Sequence[Any], script: str, doc: str | None, **defaults: Any
     ) -> None:
         super().__init__(
             argument_classes,
             prog=Path(script).name,
+            usage="%(prog)s [SETTINGS.yaml] --output_dir FOLDER [--NAME VALUE ...]",
             description=doc,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # a misspelt flag must not pass for another one
         )
         self.set_defaults(**defaults)
+
+    def add_argument(self, *names: Any, **options: Any) -> Action:
+        """Add an argument, to the group that it belongs to."""
+        name = names[0].lstrip("-")
+        if name == "h":
+            return super().add_argument(*names, **options)
+        if self._groups is None:
+            self._groups = [
+                self.add_argument_group("the optimizer, and the settings of its line search"),
+                self.add_argument_group("model, data and training"),
+            ]
+        of_search = name in ("optim", "optim_args") or name.startswith("salsa_")
+        return self._groups[0 if of_search else 1].add_argument(*names, **options)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the filled dataclasses.

@@ -1,5 +1,6 @@
 """A run's folder from start to end: resuming, overwriting, training, the closing report."""
 
+import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,18 @@ RESULT_NAMES = (
     *("train_results.json", "eval_results.json", "all_results.json"),
     *("trainer_state.json", PLOT_NAME),
 )
+_PACKAGE = logging.getLogger("hf_salsa")
 _INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells give to Ctrl-C
+
+
+class _Print(logging.Handler):
+    """Prints what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage())
+
+
+_PRINT = _Print()
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -97,6 +109,8 @@ def train_and_evaluate(
         trainer: The trainer.
         checkpoint: The checkpoint to resume from.
     """
+    _PACKAGE.addHandler(_PRINT)  # once, however often
+    _PACKAGE.setLevel(logging.INFO)  # which head is trained first
     trainer.add_callback(Rotation(trainer.args))
     try:
         train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

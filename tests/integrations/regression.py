@@ -11,7 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from hf_salsa import SaLSaTrainer
 
 # What counts from the latest resuming on, or tells the time.
-_CLOCKS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+_CLOCKS = (
+    *("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"),
+    "salsa/search_runtime",
+)
 
 
 class LineConfig(PreTrainedConfig):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from card_runs import CardWriter, section
+from card_runs import HISTORY, CardWriter, end, section
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import BertModel
@@ -15,8 +15,10 @@ from hf_salsa import (
     SaLSaSGDPlus,
     SLSAdam,
     model_card,
+    model_card_subject,
 )
 
+SHORT = [end(10)]  # no plot to draw
 VERSIONS = {"hf_salsa": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"}
 
 
@@ -43,6 +45,7 @@ tags:
 - tiny
 - generated_from_trainer
 - hf_salsa
+optim: salsa_adam
 model-index:
 - name: tiny-bert
   results:
@@ -249,6 +252,73 @@ def test_base_model_is_where_the_model_was_loaded_from(write, bert, tmp_path):
     assert "trained from scratch" in write(model=model, finetuned_from="")
 
 
+BASE_CARD = """---
+license: other
+license_name: my-licence
+license_link: https://example.org/licence
+language: [en, de]
+tags: [of-the-base]
+---
+# A base
+"""
+
+
+@pytest.fixture(params=["hub", "folder"])
+def based(request, write, bert, tmp_path, monkeypatch):
+    """Writes the card of a model whose base model, on the hub or in a folder, has a card."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "README.md").write_text(BASE_CARD)
+    asked = []
+
+    def download(identifier, name):
+        asked.append(identifier)
+        if not (folder / name).exists():
+            raise FileNotFoundError(name)
+        return str(folder / name)
+
+    monkeypatch.setattr(model_card_subject, "hf_hub_download", download)
+    source = str(folder) if request.param == "folder" else "org/base"
+
+    def make(**options):
+        model = bert()
+        model.config._name_or_path = source
+        data = ModelCard(write(SHORT, model=model, **options)).data.to_dict()
+        assert asked == ([source] * len(asked) if request.param == "hub" else [])
+        return data
+
+    make.card = folder / "README.md"
+    return make
+
+
+def test_licence_and_languages_of_the_base_model(based):
+    data = based()
+    assert (data["license"], data["license_name"]) == ("other", "my-licence")
+    assert data["license_link"] == "https://example.org/licence"
+    assert data["language"] == ["en", "de"]
+    assert "of-the-base" not in data["tags"]
+    data = based(license="mit", language="fr")  # what the user says holds
+    assert (data["license"], data["language"]) == ("mit", ["fr"])
+    assert "license_name" not in data
+    data = based(finetuned_from="")  # from scratch
+    assert not {"license", "language", "license_link"} & data.keys()
+
+
+@pytest.mark.parametrize("content", ["# No metadata\n", "---\n- [\n---\n", None])
+def test_a_base_model_whose_card_says_nothing(based, content):
+    if content is None:
+        based.card.unlink()
+    else:
+        based.card.write_text(content)
+    assert not {"license", "language"} & based().keys()
+
+
+def test_the_hub_knows_the_optimizer(write):
+    for optimizer, name in ((SLSSGD, "sls_sgd"), (SaLSaAdamPlus, "salsa_adam_plus")):
+        assert ModelCard(write(SHORT, optimizer=optimizer)).data.to_dict()["optim"] == name
+    assert ModelCard(write(SHORT, optimizer=KeywordOnly)).data.to_dict()["optim"] == "KeywordOnly"
+
+
 def test_data_sets_are_named(write):
     assert "on an unknown dataset, without" in write()
     assert "on the A and the B datasets" in write(dataset=["A", "B"])
@@ -327,6 +397,41 @@ def test_hyperparameters_are_those_that_had_an_effect(write):
     ]
     # On a CPU, Trainer's fp16 is float32.
     assert "- mixed_precision: no" in write(arguments={"fp16": True})
+
+
+def with_head(updates, wanted=10, earlier=0):
+    """Makes an optimizer that has trained the last two parameters alone for some updates."""
+
+    def make(params):
+        params = list(params)
+        groups = [{"params": params[:-2]}, {"params": params[-2:], "head": True}]
+        optimizer = SaLSaAdam(groups, head_first=wanted)
+        for group in optimizer.param_groups:
+            group |= {"head_steps": updates, "run_start": earlier}
+        return optimizer
+
+    return make
+
+
+def test_a_head_that_was_trained_first(write):
+    sentence = (
+        "trained the new head alone (`classifier`), by a line search of its own along the signs of "
+        "its gradient; the optimizer began after that, on all of the model.\n"
+    )
+    assert f"come to rest. The first 10 updates {sentence}" in write(SHORT, optimizer=with_head(10))
+    assert f"come to rest. The first update {sentence}" in write(SHORT, optimizer=with_head(1))
+    none = "No new head on a trained body was found, so none was trained first.\n"
+    assert none in write(SHORT, optimizer=with_head(0))
+    assert "new head" not in write(SHORT, optimizer=with_head(0, wanted=0))
+    # The head was trained in an earlier run of the same trainer.
+    assert none in write(SHORT, optimizer=with_head(10, earlier=50))
+
+
+def test_the_search_s_share_of_the_time(write):
+    times = {"search_runtime": 1.25, "settled_step_size": 4e-5}
+    costs = section(write([*HISTORY[:-1], end(100, **times)]), "### What the search cost")
+    assert costs[2] == "- 10.0 % of the time of training"
+    assert "- step size: settled 4e-05, median 3.14e-05, final 2.5e-05" in costs
 
 
 def test_a_cool_down_is_a_schedule(write):

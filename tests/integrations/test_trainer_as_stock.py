@@ -38,6 +38,7 @@ from torch import nn
 from trainer_problems import assert_same_weights, weights
 from transformers import (
     EarlyStoppingCallback,
+    PrinterCallback,
     SchedulerType,
     Trainer,
     TrainerCallback,
@@ -46,6 +47,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from hf_salsa import OPTIMIZERS, SaLSaTrainer
+from hf_salsa.printing import RunPrinter
 from hf_salsa.run_trace import RunTrace
 from hf_salsa.trainer import StepSizeReadout
 
@@ -295,7 +297,9 @@ def test_callbacks_are_stocks_and_one(arguments):
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     stock = [type(c) for c in make_trainer(arguments, **STOCK).callback_handler.callbacks]
     assert set(DEFAULT_CALLBACKS) <= set(stock)
-    assert kinds == [*stock, RunTrace]
+    assert stock[-1] is PrinterCallback
+    assert kinds == [*stock[:-1], RunPrinter, RunTrace]
+    assert issubclass(RunPrinter, PrinterCallback)
 
 
 @every_optimizer

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,25 @@ def stock_arguments(args):
         report_to="none",
         disable_tqdm=True,
     )
+
+
+@pytest.mark.parametrize("optim", ["salsa_adam", "adamw_torch"])
+def test_the_card_tells_of_the_head(arguments, bert, sentences, optim):
+    args = arguments(optim=optim, salsa_head_first=2, max_steps=20, logging_steps=1)
+    trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)
+    metrics = trainer.train().metrics
+    trainer.create_model_card()
+    card = Path(args.output_dir, "README.md").read_text()
+    start, stop = map(card.index, ("## Training procedure\n", "### Training hyperparameters\n"))
+    sentence = "The first 2 updates trained the new head alone (`classifier`), by a line search of"
+    assert sentence in card[start:stop]
+    if optim == "salsa_adam":
+        after = sorted(logged(trainer)[2:])  # a rate for plain AdamW is none of the head's
+        assert metrics["salsa/median_step_size"] == after[8]
+        assert metrics["salsa/settled_step_size"] == trainer.line_search.step_size
+    else:
+        assert "- learning_rate: 5e-05" in card
+        assert "salsa" not in card.lower()
 
 
 def test_off_is_stock_bit_for_bit(arguments, bert, sentences):

@@ -1,5 +1,7 @@
 """Flags, settings files, and mistakes: one line, status 2, nothing started."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ import run_clm
 import run_glue
 from running import SCRIPT_FLAGS, SCRIPTS, ScriptResult
 from support.command_line import UsageError, check_processes
+
+from hf_salsa.settings import SettingFields
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,26 @@ def test_wrong_settings_file(tmp_path, capsys, content, complaint):
     assert message.startswith("run_glue.py: error: ")
     assert message.count("\n") == 1
     assert complaint in message
+
+
+@pytest.mark.parametrize("script", [run_glue, run_clm], ids=["glue", "clm"])
+def test_help_shows_the_settings_of_the_search_first(capsys, script):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    usage = f"usage: {script.__name__}.py [SETTINGS.yaml] --output_dir FOLDER [--NAME VALUE ...]\n"
+    assert shown.startswith(usage)
+    groups = [line for line in shown.splitlines() if re.match(r"\w.*:$", line)]
+    search = "the optimizer, and the settings of its line search:"
+    assert groups[-2:] == [search, "model, data and training:"]
+    of_search, others = shown[shown.index(search) :].split("\nmodel, data and training:\n")
+    flags = re.findall(r"^  --(\w+)", of_search, re.MULTILINE)
+    settings = [entry.name for entry in dataclasses.fields(SettingFields)]
+    assert sorted(flags) == sorted(["optim", "optim_args", "salsa_head", *settings])
+    assert "--salsa" not in others
+    assert "--output_dir" in others
+    assert "(default: None)" not in shown
+    assert "(default: salsa_adam)" in shown
 
 
 def test_settings_from_a_yaml_file(tmp_path, capsys, bert_folder):

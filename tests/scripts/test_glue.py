@@ -1,6 +1,7 @@
 """run_glue.py as its users see it."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -189,6 +190,19 @@ def test_baseline(glue, bert_folder):
     card = (result.folder / "README.md").read_text()
     assert "2e-05" in card
     assert "salsa" not in card.lower()
+
+
+def test_the_new_head_is_named(glue, bert_folder):
+    flags = ("--salsa_head_first", 1, "--logging_steps", 1)
+    result = glue(*flags, "--model_name_or_path", bert_folder)
+    line = "The new head is trained first, alone: classifier.weight, classifier.bias.\n"
+    assert result.stdout.count(line) == 1
+    first, second = re.findall(r"^step (\d)/2: loss [\d.]+, step size (.*)e", result.stdout, re.M)
+    assert first[0] == "1"
+    assert first[1].startswith("of the head alone ")
+    assert "head" not in second[1]
+    card = (result.folder / "README.md").read_text()
+    assert "The first update trained the new head alone (`classifier`), by a line search" in card
 
 
 def test_learning_rate_is_ignored_with_one_warning(glue, bert_folder):
