@@ -5,6 +5,7 @@ training from scratch.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -173,13 +174,16 @@ class Plus(StepSizeRule[PlusState]):
         weight = 1 - _BETA**state.samples
         change, loss = state.change / weight, state.loss / weight
         mean, deviation = self._start_of_run(state)
-        if change > bound or loss > mean + _OUT_OF_RANGE * deviation:
-            shrinkage = (bound / change) ** (steps / _STEPS_TO_RETURN) if change > bound else 0.0
-            shrinkage = max(0.5, shrinkage)
-            # Else the average would go on shrinking what no longer makes such changes.
+        out_of_range = loss > mean + _OUT_OF_RANGE * deviation
+        if change > bound or out_of_range:
+            shrinkage = 0.5
+            if not out_of_range:
+                shrinkage = max(shrinkage, (bound / change) ** (steps / _STEPS_TO_RETURN))
             return replace(
                 state,
-                step_size=state.step_size * shrinkage,
+                # Never 0, from which there is no way back.
+                step_size=max(state.step_size * shrinkage, sys.float_info.min),
+                # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )
         if line.last_factor < 1 or loss > mean:
@@ -187,7 +191,7 @@ class Plus(StepSizeRule[PlusState]):
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
-            room = math.log(bound) - math.log(change)
+            room = math.log(bound / change)
             growth = min(growth, math.exp(min(room * steps / _STEPS_TO_RETURN, 1.0)))
         step_size = min(state.step_size * growth, self._reach(state, line))
         return replace(state, step_size=max(state.step_size, step_size))
@@ -217,6 +221,7 @@ class Plus(StepSizeRule[PlusState]):
         """Find the largest step size that Armijo's criterion accepts, up to a factor of 1.7."""
         step_size, trial_loss, trials = state.step_size, math.nan, 0
         accepted, rejected, bisections = 0.0, math.inf, 0
+        accepted_loss = math.nan
         outcome: Outcome = "slope" if line.slope <= 0 else "accepted"
         while outcome == "accepted" and bisections < _BISECTIONS:
             if step_size * line.slope < line.resolution:
@@ -229,7 +234,7 @@ class Plus(StepSizeRule[PlusState]):
             bisections += bool(accepted) and rejected < math.inf
             decrease = line.loss - trial_loss
             if math.isfinite(decrease) and decrease >= _C * step_size * line.slope:
-                accepted = step_size
+                accepted, accepted_loss = step_size, trial_loss
             else:
                 rejected = step_size
             if accepted and rejected < math.inf:
@@ -243,6 +248,7 @@ class Plus(StepSizeRule[PlusState]):
                 first_squares=line.loss * line.loss,
                 started_at=line.step,
             )
+            trial_loss = accepted_loss
         else:
             found = state.failed()
         return SearchRecord.of(
@@ -252,7 +258,8 @@ class Plus(StepSizeRule[PlusState]):
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
         share = min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
-        interval = 1 + int((line.step - state.started_at) / max(1.0, _DENSE * share))
+        steps = max(0, line.step - state.started_at)  # a second run counts anew
+        interval = 1 + int(steps / max(1.0, _DENSE * share))
         return min(interval, self.max_search_interval)
 
     def _record(
