@@ -50,7 +50,7 @@ AT_REST = {
         "step_size_average_fast": step_size,
         "step_size_average_slow": step_size,
     },
-    Plus: lambda step_size: {"warm_up_over": True, "samples": 1000},
+    Plus: lambda step_size: {"started_at": -(10**6)},
 }
 
 
@@ -180,7 +180,19 @@ PAPER = {
         "require_decrease": True,
     },
 }
-PLUS = {"defaults": {}, "others": {"c": 0.9, "confidence": 0.5, "beta3": 0.8}}
+PLUS = {
+    "defaults": {},
+    "all others": {
+        "first_share": 0.8,
+        "trust": 0.003,
+        "reach": 0.3,
+        "steps_to_double": 3,
+        "initial_step_size": 0.1,
+        "max_search_interval": 6,
+        "cool_down": 0.4,
+        "total_steps": 300,
+    },
+}
 
 CASES = [
     Case("salsa_adam", variants=PAPER),

@@ -2,7 +2,8 @@
 
 `Reference` is the paper, `PlusReference` the formulas of `SaLSaAdamPlus`.
 
-The tests hold the optimizers of hf_salsa against this. It shares no code with them.
+The tests hold the optimizers of hf_salsa against this. It shares no code with them, only the
+constants of the plus rule.
 """
 
 import math
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_salsa.rules import Plus, plus
+
 Loss = Callable[[list[Tensor]], Tensor]
 
 DEFAULTS = {
@@ -19,8 +22,6 @@ DEFAULTS = {
     "SaLSaSGD": {"c": 0.3, "beta3": 0.99, "max_search_interval": 10},
     "SLSAdam": {"c": 0.1, "beta3": 0.0, "max_search_interval": 1},
     "SLSSGD": {"c": 0.1, "beta3": 0.0, "max_search_interval": 1},
-    "SaLSaAdamPlus": {"c": 0.4, "beta3": 0.9, "max_search_interval": 10},
-    "SaLSaSGDPlus": {"c": 0.4, "beta3": 0.9, "max_search_interval": 10},
 }
 
 
@@ -211,90 +212,124 @@ class PlusReference(Reference):
         name: str,
         parameters: Sequence[Parameter],
         *,
-        steps_to_double_fast: float = 12,
-        confidence: float = 2.0,
-        first_share: float = 0.1,
-        backtrack_factor: float = 0.5,
         direction: str = "momentum",
+        total_steps: int = 0,
+        initial_step_size: float = Plus.initial_step_size,
         **options: float,
     ) -> None:
+        paper = "SaLSaAdam" if "Adam" in name else "SaLSaSGD"
         super().__init__(
-            name, parameters, backtrack_factor=backtrack_factor, direction=direction, **options
+            paper, parameters, direction=direction, initial_step_size=initial_step_size
         )
-        self.fast_b = steps_to_double_fast
-        self.confidence = confidence
-        self.first_share = first_share
+        self.settings = vars(Plus(**options))
+        self.total_steps = total_steps
+        self.k = 0  # steps so far
+        self.started_at = 0
+        self.before = [p.w.clone() for p in self.parameters]  # the last step
+        self.first_losses: list[float] = []
+        self.losses: list[float] = []
+        self.changes: list[float] = []  # D
         self.slopes: list[float] = []
         self.curvatures: list[float] = []
-        self.agreements: list[float] = []
-        self.etas: list[float] = []
-        self.warm_up_over = False
-        self.fast_growth = self.bounded = 0  # searches in which they decided
+        # Searches in which each of them decided.
+        self.decided = dict.fromkeys(["shrunk", "out of range", "waited", "reached", "grown"], 0)
 
-    def earlier(self, p: Parameter) -> Tensor:
-        """p_k, what earlier gradients put into the direction: all of it but the newest gradient."""
-        if not self.adam:
-            return p.buf - p.g
-        beta1 = p.betas[0]
-        newest = (1 - beta1) * p.g / (1 - beta1**p.k) / self.preconditioner(p)
-        return -self.momentum_direction(p) - newest
+    def factor(self, k: int) -> float:
+        """Of the tail."""
+        tail = self.settings["cool_down"] * self.total_steps
+        return min(1.0, (self.total_steps - k) / tail) if tail else 1.0
+
+    @property
+    def applied(self) -> float:
+        """The step size of the latest step."""
+        return self.eta * self.factor(self.k - 1)
 
     def average(self, values: Sequence[float]) -> float:
-        """Weights beta3^(age), normalised."""
-        weights = [self.beta3 ** (len(values) - 1 - i) for i in range(len(values))]
+        """Weights beta^(age), normalised."""
+        weights = [plus._BETA ** (len(values) - 1 - i) for i in range(len(values))]
         return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
 
-    def grows_fast(self) -> bool:
-        n = len(self.agreements)
-        if n < 3:
-            return False
-        mean = self.average(self.agreements)
-        variance = max(self.average([a**2 for a in self.agreements]) - mean**2, 0)
-        count = min(n, (1 + self.beta3) / (1 - self.beta3))
-        agree = mean > self.confidence * math.sqrt(variance / count)
-        if n >= 10 and not agree:
-            self.warm_up_over = True
-        return agree and not self.warm_up_over
-
     def search(self, f0: float, loss: Loss) -> None:
+        self.searches += 1
         slope = self.slope()
         if not self.searched:
             self.start(f0, loss, slope)
             return
-        self.searches += 1
-        present = [p for p in self.parameters if p.g is not None]
-        self.slopes.append(slope)
-        self.agreements.append(sum((p.g * self.earlier(p)).sum().item() for p in present))
-        fast = self.grows_fast()
-        eta = self.eta * 2 ** (self.n / (self.fast_b if fast else self.b))
-        steepest = max(abs(slope), self.average(self.slopes))
-        f = loss(self.trial_point(eta)).item()
+        if len(self.first_losses) < plus._FIRST:
+            self.first_losses.append(f0)
+        mean = sum(self.first_losses) / len(self.first_losses)
+        bound = self.settings["trust"] * mean
+
+        step = [p.w - w for p, w in zip(self.parameters, self.before, strict=True)]
+        pairs = zip(self.parameters, step, strict=True)
+        foreseen = sum((p.g * u).sum().item() for p, u in pairs if p.g is not None)
         self.trials += 1
-        while not math.isfinite(f):
-            eta *= self.delta
-            f = loss(self.trial_point(eta)).item()
-            self.trials += 1
-        curvature = 2 * (slope - (f0 - f) / eta) / eta
-        self.curvatures.append(min(curvature, 4 * steepest / eta))
+        change = (loss(self.before).item() - f0 + foreseen) / self.factor(self.k - 1) ** 2
+        change = min(change, plus._SAMPLE_LIMIT * bound)
+        self.losses.append(f0)
+        self.changes.append(change)
+        self.slopes.append(slope)
+        self.curvatures.append(2 * change / self.eta**2)
+        self.move(bound, mean)
+        self.L = self.interval()
+
+    def move(self, bound: float, mean: float) -> None:
+        """Shrink or grow eta by the averages."""
+        change, f = self.average(self.changes), self.average(self.losses)
+        variance = sum((x - mean) ** 2 for x in self.first_losses) / len(self.first_losses)
+        wide = len(self.first_losses) == plus._FIRST
+        out_of_range = wide and f > mean + plus._OUT_OF_RANGE * math.sqrt(variance)
+        by_change = (bound / change) ** (self.n / plus._STEPS_TO_RETURN) if change > 0 else math.inf
+        if change > bound or out_of_range:
+            shrinkage = 0.5 if out_of_range else max(0.5, by_change)
+            self.eta *= shrinkage
+            self.changes = [x * shrinkage**2 for x in self.changes]
+            self.decided["out of range" if out_of_range else "shrunk"] += 1
+            return
+        if self.factor(self.k - 1) < 1 or f > mean:
+            self.decided["waited"] += 1
+            return
+        grown = self.eta * min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
         s, kappa = self.average(self.slopes), self.average(self.curvatures)
-        if s <= 0:
-            bound = 0.0
-        elif kappa <= 0:
-            bound = math.inf
-        else:
-            bound = 2 * (1 - self.c) * s / kappa
-        self.fast_growth += fast
-        self.bounded += bound < eta
-        self.eta = min(eta, max(bound, self.delta * self.eta))
-        self.etas.append(self.eta)
-        self.L = min(self.max_search_interval, 1 + len(self.etas) // 8) if self.warm_up_over else 1
+        reach = self.settings["reach"] * s / kappa if kappa > 0 else math.inf
+        reach = reach if s > 0 else 0
+        self.decided["reached" if reach < grown else "grown"] += 1
+        self.eta = max(self.eta, min(grown, reach))
+
+    def interval(self) -> int:
+        """Steps to the next search."""
+        dense = plus._DENSE
+        if 0 < self.total_steps < plus._RUN:
+            dense *= self.total_steps / plus._RUN
+        wanted = 1 + math.floor((self.k - self.started_at) / dense)
+        return min(wanted, self.settings["max_search_interval"])
 
     def start(self, f0: float, loss: Loss, slope: float) -> None:
-        self.searches += 1
-        eta = self.first_trial()
-        while True:
+        """Up or down by a factor each, until one is accepted and its neighbour is not; bisect."""
+
+        def accepts(eta: float) -> bool:
             self.trials += 1
-            if f0 - loss(self.trial_point(eta)).item() >= self.c * eta * slope:
-                break
-            eta *= self.delta
-        self.eta, self.searched = self.first_share * eta, True
+            return f0 - loss(self.trial_point(eta)).item() >= plus._C * eta * slope
+
+        low = high = self.eta
+        if accepts(self.eta):
+            while accepts(high := high * plus._STRIDE):
+                low = high
+        else:
+            while not accepts(low := low / plus._STRIDE):
+                high = low
+        for _ in range(plus._BISECTIONS):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if accepts(middle) else (low, middle)
+        self.eta, self.searched = self.settings["first_share"] * low, True
+        self.first_losses.append(f0)
+        self.started_at = self.k
+        self.L = 1
+
+    def update(self) -> None:
+        """The step, at the step size of the tail; what was before it is kept."""
+        self.before = [p.w.clone() for p in self.parameters]
+        whole, self.eta = self.eta, self.eta * self.factor(self.k)
+        super().update()
+        self.eta = whole
+        self.k += 1

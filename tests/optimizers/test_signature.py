@@ -37,18 +37,16 @@ PAPER = {
 }
 SLS = {**PAPER, "c": 0.1, "beta3": 0.0, "max_search_interval": 1}
 PLUS = {
-    "c": 0.4,
-    "beta3": 0.9,
-    "steps_to_double": 500,
-    "steps_to_double_fast": 12,
-    "confidence": 2.0,
-    "first_share": 0.1,
-    "backtrack_factor": 0.5,
-    "initial_step_size": 1.0,
-    "max_search_interval": 10,
+    "first_share": Plus.first_share,
+    "trust": Plus.trust,
+    "reach": Plus.reach,
+    "reach_after_head": Plus.reach_after_head,
+    "steps_to_double": Plus.steps_to_double,
+    "initial_step_size": Plus.initial_step_size,
+    "max_search_interval": Plus.max_search_interval,
     "direction": "momentum",
-    "max_trials": 30,
     "cool_down": 0.6,
+    "head_first": 10,
 }
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "head_first": 0}
 SGD = {"momentum": 0.0, "weight_decay": 0.0, "head_first": 0}
@@ -57,8 +55,8 @@ PUBLISHED = {
     "salsa_sgd": (SaLSaSGD, SaLSa, PAPER | SGD),
     "sls_adam": (SLSAdam, SaLSa, SLS | ADAM),
     "sls_sgd": (SLSSGD, SaLSa, SLS | SGD),
-    "salsa_adam_plus": (SaLSaAdamPlus, Plus, PLUS | ADAM),
-    "salsa_sgd_plus": (SaLSaSGDPlus, Plus, PLUS | SGD | {"momentum": 0.9}),
+    "salsa_adam_plus": (SaLSaAdamPlus, Plus, ADAM | PLUS),
+    "salsa_sgd_plus": (SaLSaSGDPlus, Plus, SGD | PLUS | {"momentum": 0.9}),
 }
 
 
@@ -203,9 +201,10 @@ BAD = {
     "c": 1.0,
     "beta3": 1.0,
     "steps_to_double": 0,
-    "steps_to_double_fast": 0.5,
-    "confidence": math.nan,
     "first_share": 0.0,
+    "trust": 0.0,
+    "reach": math.nan,
+    "reach_after_head": math.inf,
     "backtrack_factor": 1.0,
     "initial_step_size": 0.0,
     "max_search_interval": 0,
@@ -245,8 +244,8 @@ def test_every_setting_is_checked(case):
     [
         (SaLSaSGDPlus, "first_share", 1.5),
         (SaLSaSGDPlus, "cool_down", -0.1),
-        (SaLSaAdamPlus, "betas", (0.0, 0.999)),
-        (SaLSaSGDPlus, "momentum", 0.0),
+        (SaLSaAdamPlus, "trust", -0.01),
+        (SaLSaAdamPlus, "reach", "0.8"),
     ],
 )
 def test_bad_arguments_of_the_plus_optimizers_are_refused(cls, option, value):

@@ -15,8 +15,19 @@ STATES = {
     "salsa that must shrink": (SaLSa(c=0.9), SaLSaState(**SEARCHED, h=0.02, s=0.9, **AVERAGES)),
     "plus": (
         Plus(),
-        PlusState(**SEARCHED, s=0.5, curvature=3.0, agreement=0.4, agreement_square=0.2, samples=6),
+        PlusState(
+            **SEARCHED,
+            first_losses=6.0,
+            first_squares=6.5,
+            loss=0.8,
+            change=0.001,
+            s=0.5,
+            curvature=3.0,
+            samples=6,
+            started_at=2,
+        ),
     ),
+    "plus that has not started": (Plus(), PlusState(0.25)),
     "own": (OneTrial(), RuleState(**SEARCHED)),
 }
 

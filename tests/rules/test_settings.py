@@ -18,13 +18,10 @@ RANGES = {
         [1, 1.5, 500],
         [0, 0.5, -500],
     ),
-    "steps_to_double_fast": (
-        "a finite number of steps, at least 1",
-        [1, 1.5, 12],
-        [0, 0.5, -12],
-    ),
-    "confidence": ("a number of standard errors", [-math.inf, -1, 0, 2.0, math.inf], [math.nan]),
     "first_share": ("a number in (0, 1]", [1e-9, 0.1, 1, 1.0], [0, 0.0, -0.1, 1.1]),
+    "trust": ("a finite number above 0", [1e-9, 0.01, 5], [0, -0.01]),
+    "reach": ("a finite number above 0", [1e-9, 0.8, 5], [0, -0.8]),
+    "reach_after_head": ("a finite number above 0", [1e-9, 0.25, 5], [0, -0.25]),
     "backtrack_factor": (OPEN_UNIT, [0.01, 0.9], [0, 1, 1.1]),
     "initial_step_size": ("a finite number above 0", [1, 1e-30, 1e30], [0, -1.0]),
     "max_search_interval": (
@@ -66,7 +63,7 @@ def refused(name):
     _, _, outside = RANGES[name]
     if name in NO_NUMBER:
         return outside
-    return outside + NO_NUMBERS + (NOT_FINITE if name != "confidence" else [])
+    return outside + NO_NUMBERS + NOT_FINITE
 
 
 def test_every_setting_is_tested():
