@@ -278,7 +278,8 @@ class PlusReference(Reference):
         change, f = self.average(self.changes), self.average(self.losses)
         variance = sum((x - mean) ** 2 for x in self.first_losses) / len(self.first_losses)
         wide = len(self.first_losses) == plus._FIRST
-        out_of_range = wide and f > mean + plus._OUT_OF_RANGE * math.sqrt(variance)
+        too_high = wide and f > mean + plus._OUT_OF_RANGE * math.sqrt(variance)
+        out_of_range = too_high and change > bound / plus._HARDLY
         by_change = (bound / change) ** (self.n / plus._STEPS_TO_RETURN) if change > 0 else math.inf
         if change > bound or out_of_range:
             shrinkage = 0.5 if out_of_range else max(0.5, by_change)

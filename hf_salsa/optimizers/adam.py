@@ -273,9 +273,9 @@ class SaLSaAdamPlus(LineSearchAdam):
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 
-    A run whose loss leaves the range in which it started halves its step size until it is back.
-    Searches are at every step in the beginning and ever fewer later. It keeps one more copy of the
-    trainable weights, those before the last step.
+    A run whose loss leaves the range in which it started halves its step size until it is back, or
+    until its steps hardly show in the loss. Searches are at every step in the beginning and ever
+    fewer later. It keeps one more copy of the trainable weights, those before the last step.
 
     Clip the gradients: without it training from scratch may fail. `SaLSaTrainer` clips them at a
     norm of 1; a loop of one's own does it as below. The loss must not be negative.

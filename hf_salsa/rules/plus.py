@@ -5,7 +5,6 @@ training from scratch.
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
+_HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 450  # steps; a shorter run has a share of them
 
@@ -88,6 +88,7 @@ class Plus(StepSizeRule[PlusState]):
                     slope and of 2 D / eta^2, and s / kappa is where the parabola has its minimum
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten, and halves while it is above that by more than two standard deviations
+                    and D is above B / 100: a run needs steps to come back
         tail        it does not grow
 
     After a new head was trained alone, `reach_after_head` is in the place of `reach`: a trained
@@ -174,15 +175,15 @@ class Plus(StepSizeRule[PlusState]):
         weight = 1 - _BETA**state.samples
         change, loss = state.change / weight, state.loss / weight
         mean, deviation = self._start_of_run(state)
-        out_of_range = loss > mean + _OUT_OF_RANGE * deviation
+        too_high = loss > mean + _OUT_OF_RANGE * deviation
+        out_of_range = too_high and change > bound / _HARDLY  # else only steps can bring it back
         if change > bound or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
                 shrinkage = max(shrinkage, (bound / change) ** (steps / _STEPS_TO_RETURN))
             return replace(
                 state,
-                # Never 0, from which there is no way back.
-                step_size=max(state.step_size * shrinkage, sys.float_info.min),
+                step_size=state.step_size * shrinkage,
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )

@@ -18,6 +18,7 @@ from hf_salsa.rules.plus import (
     _C,
     _DENSE,
     _FIRST,
+    _HARDLY,
     _MOST_TRIALS,
     _OUT_OF_RANGE,
     _RESOLVED,
@@ -277,29 +278,29 @@ def test_it_does_not_grow_while_the_loss_is_above_that_of_the_start():
     assert look(seen(loss=0.5), 0.0, loss=1.5)[1].step_size > 0.25
 
 
-@pytest.mark.parametrize("change", [0.0, 1.001 * BOUND, 9 * BOUND])
+@pytest.mark.parametrize("change", [1.001 * BOUND / _HARDLY, 1.001 * BOUND, 9 * BOUND])
 def test_it_halves_while_the_loss_is_out_of_the_range_of_the_start(change):
-    """However small or large the changes are."""
     edge = 1 + _OUT_OF_RANGE * DEVIATION
     _, state, _ = look(seen(loss=1.01 * edge, change=change), change, loss=1.01 * edge)
     assert state.step_size == 0.125
     average = change * (1 - _BETA ** (SAMPLES + 1))
     assert state.change == pytest.approx(average / 4)
+    little = 0.999 * BOUND / _HARDLY
+    _, state, _ = look(seen(loss=9.0, change=little), little, loss=9.0)
+    assert state.step_size == 0.25
     within, _, _ = look(seen(loss=0.99 * edge), 0.0, loss=0.99 * edge)
     assert within.step_size == 0.25
     few = replace(STARTED, samples=_FIRST - 3, loss=9.0)  # what the range is, they do not say yet
-    assert look(few, 0.0, loss=9.0)[1].step_size == 0.25
+    assert look(few, BOUND, loss=9.0)[1].step_size == 0.25
 
 
-def test_the_step_size_never_becomes_0():
-    """It could neither grow nor be measured by any more."""
-    state = seen(loss=99.0, step_size=1e-300)
+def test_out_of_range_it_does_not_halve_for_ever():
+    """Steps whose changes hardly show do not keep the loss there, and only steps bring it back."""
+    state = seen(loss=9.0, change=BOUND)
     for _ in range(100):
-        _, state, _ = look(state, 0.0, loss=99.0)
-    assert state.step_size > 0
-    for _ in range(30):
-        _, state, _ = look(state, 0.0, loss=0.1)
-    assert state.step_size > sys.float_info.min
+        _, state, _ = look(state, BOUND * (state.step_size / 0.25) ** 2, loss=9.0)
+    assert 0.25 / 2**5 < state.step_size < 0.25
+    assert look(replace(state, loss=0.1), 0.0, loss=0.1)[1].step_size > state.step_size
 
 
 # --- when it searches ---------------------------------------------------------------------------
