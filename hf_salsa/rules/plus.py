@@ -272,6 +272,12 @@ class Plus(StepSizeRule[PlusState]):
 
     def describe(self) -> str:
         """Return how the step size is found, for cards."""
+        when = "every step"
+        if self.max_search_interval > 1:
+            when += (
+                " in the beginning, and ever less often later, up to "
+                f"{self.max_search_interval} steps apart"
+            )
         double = f"{self.steps_to_double:.3g} step{'' if self.steps_to_double == 1 else 's'}"
         return (
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
@@ -279,6 +285,5 @@ class Plus(StepSizeRule[PlusState]):
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
             f"{double}, and is kept where a step changes the loss of the next mini-batch by at "
             f"most {100 * self.trust:.3g} % of the loss at the start beside what its gradient "
-            f"foresees. {self.describe_tail()}; the search ran at every step in the beginning, and "
-            f"ever less often later, up to {self.max_search_interval} steps apart"
+            f"foresees. {self.describe_tail()}; the search ran at {when}"
         )

@@ -40,13 +40,21 @@ def test_a_search_is_the_same_at_another_scale(name, degree, growth):
     rule, state = STATES[name]
     shrinkage = growth**-degree
     loss_at = parabola(5.0)
-    line = Line(loss_at, loss=1.0, slope=1.0, resolution=2**-20, agreement=0.5)
+    line = Line(
+        loss_at,
+        loss=1.0,
+        slope=1.0,
+        resolution=2**-20,
+        agreement=0.5,
+        look_back=lambda: (1.25, -0.247),
+    )
     other = Line(
         lambda eta: growth * loss_at(eta / shrinkage),
         loss=growth,
         slope=growth / shrinkage,
         resolution=growth * 2**-20,
         agreement=growth / shrinkage * 0.5,
+        look_back=lambda: (growth * 1.25, growth * -0.247),
     )
     record, expected = rule.search(state, line)
     record_there, found = rule.search(state.rescaled(growth, shrinkage), other)
@@ -56,7 +64,7 @@ def test_a_search_is_the_same_at_another_scale(name, degree, growth):
     assert record_there.trials == record.trials
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", [name for name in STATES if name != "plus that has not started"])
 def test_counts_have_no_scale(name):
     _, state = STATES[name]
     assert set(state.units) <= {entry.name for entry in fields(state)}
