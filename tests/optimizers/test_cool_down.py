@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import every_optimizer, of_plus
-from problems import backward, batches, clones, network_loss, parameters, point, same, square
+from cases import EVERY, each, every_optimizer, of_plus
+from problems import backward, batches, clones, network_loss, parameters, point, same, square, train
 
 
-@every_optimizer
+@each([case for case in EVERY if not case.rule.looks_back])
 def test_the_step_cools_down_and_the_search_does_not(case):
     """The last 4 of 8 steps are applied by 1, 3/4, 2/4, 1/4; the searches see whole steps."""
     params = parameters()
@@ -28,6 +28,20 @@ def test_the_step_cools_down_and_the_search_does_not(case):
         assert optimizer.step_size == optimizer.param_groups[0]["lr"] == factor * twin.step_size
         for start, cooled, whole in zip(before, params, twin_params, strict=True):
             torch.testing.assert_close(cooled, start + factor * (whole - start))
+
+
+@of_plus
+def test_the_step_cools_down_where_the_search_looks_back(case):
+    """It measures cooled steps, but the step size that it moves is that of whole ones."""
+    params = parameters()
+    optimizer = case.make(params, cool_down=0.5, total_steps=8)
+    for step, batch in enumerate(batches(8)):
+        before = optimizer.param_groups[0]["step_size"]
+        train(optimizer, params, [batch])
+        factor = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25][step]
+        whole = optimizer.last_search.step_size
+        assert optimizer.step_size == optimizer.param_groups[0]["lr"] == factor * whole
+        assert step < 6 or whole <= before
 
 
 @every_optimizer

@@ -38,7 +38,7 @@ def test_a_continued_run_equals_the_uninterrupted_one(case, carry_over, tail):
     train(optimizer, params, data[:9])
     case.settle(optimizer, interval=3)
     train(optimizer, params, data[9:10])
-    assert optimizer.param_groups[0]["steps_since_search"] == 1  # between two searches
+    assert 0 < optimizer.param_groups[0]["steps_since_search"] < 3  # between two searches
     other_params, other = carry_over(partial(case.make, **case.known(c=0.77)), params, optimizer)
     assert same(other.state_dict(), optimizer.state_dict())
     assert other.counters == optimizer.counters

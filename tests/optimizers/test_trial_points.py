@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,13 +26,14 @@ from problems import (
     parameters,
     point,
     same,
+    search_every,
     square,
     train,
 )
 from torch import nn
 
 from hf_salsa import SLSSGD, SaLSaSGD, SLSAdam
-from hf_salsa.optimizers import LineSearchSGD, trial_points
+from hf_salsa.optimizers import LineSearchAdam, LineSearchSGD, trial_points
 from hf_salsa.rules import Plus, SaLSa
 
 
@@ -41,8 +43,7 @@ from hf_salsa.rules import Plus, SaLSa
 def test_slope_is_the_directional_derivative(case, direction, clip_factor, monkeypatch):
     """Measured by tiny steps. Clipping shortens the step, it does not make the loss flatter."""
     params = parameters()
-    whole = case.known(first_share=1.0)  # the trial point is the step
-    optimizer = case.make(params, direction=direction, initial_step_size=1e-7, **whole)
+    optimizer = case.make(params, direction=direction, initial_step_size=1e-7)
     x, y = next(batches(1))
     loss_fn = partial(network_loss, params, x, y)
     tried = {}  # loss -> step size
@@ -54,16 +55,20 @@ def test_slope_is_the_directional_derivative(case, direction, clip_factor, monke
     monkeypatch.setattr(trial_points.TrialPoints, "move_to", moves_to)
     objective = Recorded(loss_fn, clip_factor=clip_factor)
     optimizer.attach(objective)
-    for _ in range(4):
+    for _ in range(1 if case.rule.looks_back else 4):
         objective.loss = backward(params, loss_fn)
         for param in params:
             param.grad *= clip_factor
         optimizer.step()
         record = optimizer.last_search
         assert record.accepted
-        trial = tried[record.trial_loss]
-        assert record.decrease == pytest.approx(trial * record.slope, rel=1e-4)
-        if case.rule in (SaLSa, Plus):
+        # The smallest where it goes on to the largest that is accepted.
+        decrease, trial = record.decrease, tried[record.trial_loss]
+        if case.rule is Plus:
+            trial = min(tried.values())
+            decrease = next(record.loss - loss for loss, size in tried.items() if size == trial)
+        assert decrease == pytest.approx(trial * record.slope, rel=1e-4)
+        if case.rule is SaLSa:
             assert record.decrease == pytest.approx(record.step_size * record.slope, rel=1e-4)
 
 
@@ -168,7 +173,7 @@ def test_trial_points_are_exact_to_a_few_roundings(beyond, backtrack_factor):
     param = nn.Parameter(start.clone())
     optimizer = SaLSaSGD([param], backtrack_factor=backtrack_factor, initial_step_size=3e37)
     threshold = 3e-3
-    seen = []
+    seen: ClassVar[list[float]] = []
 
     def closure():
         moved = param.detach().double() - start.double()
@@ -329,20 +334,54 @@ def test_an_exception_in_a_trial_leaves_everything_as_it_was(case, steps_before,
     assert same(clones(params), clones(undisturbed))
 
 
+class Agreement(SaLSa):
+    """It notes <g_k, p_k> where others can read it."""
+
+    wants_agreement = True
+    seen: ClassVar[list[float]] = []
+
+    def search(self, state, line):
+        self.seen.append(line.agreement)
+        return super().search(state, line)
+
+
+class AgreementAdam(LineSearchAdam):
+    rule_type = Agreement
+
+
+class AgreementSGD(LineSearchSGD):
+    rule_type = Agreement
+
+
 def test_without_momentum_there_is_no_agreement():
     """Earlier gradients put nothing into the direction: <g_k, 0>."""
-    seen = []
-
-    class Agreement(SaLSa):
-        wants_agreement = True
-
-        def search(self, state, line):
-            seen.append(line.agreement)
-            return super().search(state, line)
-
-    class Own(LineSearchSGD):
-        rule_type = Agreement
-
     params = parameters()
-    train(Own(params), params, batches(3))
-    assert seen == [0.0] * 3
+    train(AgreementSGD(params), params, batches(3))
+    assert Agreement.seen[-3:] == [0.0] * 3
+
+
+@pytest.mark.parametrize("clip_factor", [1.0, 0.25])
+@pytest.mark.parametrize("cls", [AgreementAdam, AgreementSGD])
+def test_the_agreement_is_of_earlier_steps_only(cls, clip_factor):
+    """Against the formula, computed from the state that the step before left; unclipped."""
+    params = parameters()
+    optimizer = cls(params, **({} if cls is AgreementAdam else {"momentum": 0.9}))
+    data = list(batches(6))
+    train(optimizer, params, data[:5])
+    search_every(optimizer, 1)
+    objective = Recorded(partial(network_loss, params, *data[5]), clip_factor=clip_factor)
+    optimizer.attach(objective)
+    objective.loss = backward(params, objective.closure)
+    expected = 0.0
+    for param in params:
+        state, unclipped = optimizer.state[param], param.grad.clone()
+        param.grad *= clip_factor
+        if cls is AgreementSGD:
+            earlier = 0.9 * state["momentum_buffer"]
+        else:
+            v = 0.999 * state["exp_avg_sq"] + 0.001 * param.grad**2
+            denominator = (v / (1 - 0.999**6)).sqrt() + 1e-8
+            earlier = 0.9 * state["exp_avg"] / (1 - 0.9**6) / denominator
+        expected += (unclipped * earlier).sum().item()
+    optimizer.step()
+    assert Agreement.seen[-1] == pytest.approx(expected, rel=1e-9)
