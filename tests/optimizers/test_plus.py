@@ -97,10 +97,7 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
 
 @of_plus
 def test_clipping_divides_out(case):
-    """Clipping shortens the step, it does not make the loss flatter: what is measured is the same.
-
-    With momentum 0 the gradient of one mini-batch alone decides the direction.
-    """
+    """Clipping shortens the step, it does not make the loss flatter: what is measured is the same."""
     found = []
     for factor in (1.0, 0.25):
         params = parameters()
