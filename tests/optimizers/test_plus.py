@@ -22,7 +22,7 @@ from problems import (
 from reference import Parameter, PlusReference
 
 from hf_salsa.optimizers import trial_points
-from hf_salsa.rules import PlusState, plus
+from hf_salsa.rules import plus
 
 
 @of_plus
@@ -97,10 +97,7 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
 
 @of_plus
 def test_clipping_divides_out(case):
-    """Clipping shortens the step, it does not make the loss flatter: what is measured is the same.
-
-    With momentum 0 the gradient of one mini-batch alone decides the direction.
-    """
+    """Clipping shortens the step, it does not make the loss flatter."""
     found = []
     for factor in (1.0, 0.25):
         params = parameters()
@@ -123,13 +120,13 @@ def test_clipping_divides_out(case):
         assert clipped["s"] < whole["s"]
 
 
-# Parameters are those of a trained body and a new head; their steps, and what is then in hand.
+# Of a run on a trained body and a new head -> how many steps are done.
 PHASES = {
     "in the head phase": 2,
     "before the start": 4,
     "dense": 6,
-    "rare": 40,
-    "between two searches": 42,
+    "rare": 30,
+    "between two searches": 32,
     "in the tail": 80,
 }
 
@@ -155,8 +152,8 @@ def test_a_continued_run_equals_the_uninterrupted_one(case, carry_over, phase):
             done += 1
     assert optimizer.head_alone is (phase == "in the head phase")
     assert (group["searches"] == 0) is (phase in ("in the head phase", "before the start"))
-    assert (group["search_interval"] > 1) is (done >= 40)
-    assert (optimizer.step_size < group["step_size"]) is (done >= 40)
+    assert (group["search_interval"] > 1) is (done >= 30)
+    assert (optimizer.step_size < group["step_size"]) is (phase == "in the tail")
     other_params, other = carry_over(partial(make, trust=0.77), params, optimizer)
     assert same(other.state_dict(), optimizer.state_dict())
     assert train(other, other_params, data[done:]) == train(optimizer, params, data[done:])
@@ -175,7 +172,10 @@ def test_a_checkpoint_of_a_former_rule_is_refused(case, sign):
     train(optimizer, params, batches(3))
     saved = snapshot(optimizer)
     for group in saved["param_groups"]:
-        group[sign] = {"warm_up_over": True, "rule_version": PlusState.rule_version + 1}[sign]
+        group["rule_version"] += 1
+        if sign == "warm_up_over":
+            del group["rule_version"]
+            group[sign] = True
     other = case.make(parameters())
     before = snapshot(other)
     sentence = f"former version of the rule of {case.cls.__name__}.*Start the run anew, or resume"
