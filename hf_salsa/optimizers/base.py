@@ -228,6 +228,7 @@ class LineSearchOptimizer(Direction, Evaluating):
             text = messages.OTHER_SETTINGS.format(changed=", ".join(changed))
             self._warn_once(f"settings {changed}", text)
         here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
+        here["step_size_factor"] = 1.0  # what checkpoints from before it mean
         groups = [LATER_NAMES | here | group for group in state_dict["param_groups"]]
         self.param_groups = head_phase.cut_like(self.param_groups, groups)
         super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})

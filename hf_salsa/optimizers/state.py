@@ -60,7 +60,6 @@ LATER_NAMES = {
     "micro_batches": RunState.micro_batches,
     "loss_factor": RunState.loss_factor,
     "head": False,
-    "step_size_factor": 1.0,
     "head_first": 0,
     "head_steps": RunState.head_steps,
     "head_failures": RunState.head_failures,
