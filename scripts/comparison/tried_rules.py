@@ -135,7 +135,7 @@ class RelativeChange(SaLSaAdam):
     def direction(self, chunk: Chunk) -> list[Tensor]:
         """Return -d_k, and add up the squares of it and of the weights."""
         direction = super().direction(chunk)
-        for total, column in enumerate((direction, chunk.backups)):
+        for total, column in enumerate((direction, chunk.params)):  # which are at w_k
             Bounded.squares[total] += sum(float(t.square().sum()) for t in column)
         return direction
 
