@@ -419,7 +419,7 @@ def test_groups_are_stock_trainers(arguments, optim):
     """Biases and norms do not decay."""
     model = nn.Sequential(Block(), nn.ModuleList([Block(), Block()]))
     made = []
-    for settings in (STOCK, {"optim": optim}):
+    for settings in (STOCK, {"optim": optim, "salsa_head_first": 0}):
         trainer = make_trainer(arguments, model=model, weight_decay=0.1, **settings)
         trainer.create_optimizer_and_scheduler(10)
         names = {id(param): name for name, param in model.named_parameters()}
