@@ -397,16 +397,15 @@ class LineSearchOptimizer(Direction, Evaluating):
 
         No -d_k for rules that look back: most of their searches end without a trial point.
         """
-        blind, wants_agreement = not self.rule_type.looks_back, self.rule_type.wants_agreement
         agreement: list[list[Tensor]] = []
-        if wants_agreement:
+        if self.rule_type.wants_agreement:
+            factor = chunk.group["step_size_factor"]
             direction, found = self.direction_and_agreement(chunk)
-            agreement = [scaled(found, chunk.group["step_size_factor"])]
-            direction = scaled(direction, chunk.group["step_size_factor"])
+            direction, agreement = scaled(direction, factor), [scaled(found, factor)]
         else:
             direction = self._tested(chunk)
         slope = dots(chunk.grads, direction)
-        return direction if blind else None, [slope, *agreement]
+        return None if self.rule_type.looks_back else direction, [slope, *agreement]
 
     def _tested(self, chunk: Chunk) -> list[Tensor]:
         """Return -d_k of a chunk, by the factor of its group."""
