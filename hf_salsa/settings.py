@@ -69,12 +69,13 @@ SETTINGS = {
         lambda x: 0 < x < math.inf,
     ),
     "reach": Setting(
-        "Largest step size as a share of the one that minimises the loss's parabola",
+        "Largest step size in multiples of the one that minimises the loss's parabola at the start",
         "a finite number above 0",
         lambda x: 0 < x < math.inf,
     ),
     "reach_after_head": Setting(
-        "The same where a new head was trained alone before",
+        "Largest step size after a new head was trained alone, in multiples of the one that the "
+        "first mini-batch accepts",
         "a finite number above 0",
         lambda x: 0 < x < math.inf,
     ),

@@ -229,7 +229,8 @@ class PlusReference(Reference):
         self.first_losses: list[float] = []
         self.losses: list[float] = []
         self.changes: list[float] = []  # D
-        self.slopes: list[float] = []
+        self.signs: list[float] = []  # of -<g, u>
+        self.slopes: list[float] = []  # where the steps began
         self.curvatures: list[float] = []
         # Searches in which each of them decided.
         self.decided = dict.fromkeys(["shrunk", "out of range", "waited", "reached", "grown"], 0)
@@ -244,16 +245,15 @@ class PlusReference(Reference):
         """The step size of the latest step."""
         return self.eta * self.factor(self.k - 1)
 
-    def average(self, values: Sequence[float]) -> float:
+    def average(self, values: Sequence[float], beta: float = plus._BETA) -> float:
         """Weights beta^(age), normalised."""
-        weights = [plus._BETA ** (len(values) - 1 - i) for i in range(len(values))]
+        weights = [beta ** (len(values) - 1 - i) for i in range(len(values))]
         return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
 
     def search(self, f0: float, loss: Loss) -> None:
         self.searches += 1
-        slope = self.slope()
         if not self.searched:
-            self.start(f0, loss, slope)
+            self.start(f0, loss, self.slope())
             return
         if len(self.first_losses) < plus._FIRST:
             self.first_losses.append(f0)
@@ -263,13 +263,17 @@ class PlusReference(Reference):
         step = [p.w - w for p, w in zip(self.parameters, self.before, strict=True)]
         pairs = zip(self.parameters, step, strict=True)
         foreseen = sum((p.g * u).sum().item() for p, u in pairs if p.g is not None)
+        tail = self.factor(self.k - 1)
         self.trials += 1
-        change = (loss(self.before).item() - f0 + foreseen) / self.factor(self.k - 1) ** 2
-        change = min(change, plus._SAMPLE_LIMIT * bound)
+        change = min(
+            (loss(self.before).item() - f0 + foreseen) / tail**2, plus._SAMPLE_LIMIT * bound
+        )
         self.losses.append(f0)
         self.changes.append(change)
-        self.slopes.append(slope)
-        self.curvatures.append(2 * change / self.eta**2)
+        self.signs.append(math.copysign(foreseen != 0, -foreseen))
+        if len(self.slopes) < plus._FIRST:
+            self.slopes.append((2 * change - foreseen / tail) / self.eta)
+            self.curvatures.append(2 * change / self.eta**2)
         self.move(bound, mean)
         self.L = self.interval()
 
@@ -287,13 +291,13 @@ class PlusReference(Reference):
             self.changes = [x * shrinkage**2 for x in self.changes]
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
-        if self.factor(self.k - 1) < 1 or f > mean:
+        disagree = self.average(self.signs, plus._BETA_AGREEMENT) <= 0
+        if self.factor(self.k - 1) < 1 or f > mean or disagree:
             self.decided["waited"] += 1
             return
         grown = self.eta * min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
-        s, kappa = self.average(self.slopes), self.average(self.curvatures)
-        reach = self.settings["reach"] * s / kappa if kappa > 0 else math.inf
-        reach = reach if s > 0 else 0
+        s, kappa = sum(self.slopes), sum(self.curvatures)
+        reach = self.settings["reach"] * max(0, s) / kappa if kappa > 0 else math.inf
         self.decided["reached" if reach < grown else "grown"] += 1
         self.eta = max(self.eta, min(grown, reach))
 

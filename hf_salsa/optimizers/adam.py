@@ -267,9 +267,11 @@ class SaLSaAdamPlus(LineSearchAdam):
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
         shrink:  where D > B = `trust` * (mean loss of the first ten searches), by
                  (B / D)^(steps since the last search / 10), at most by half
-        grow:    else, at most twofold within `steps_to_double` steps, below `reach` (or
-                 `reach_after_head`) * s / kappa; s and kappa are averages of <g, -d> and of
-                 2 D / eta^2
+        grow:    else, at most twofold within `steps_to_double` steps, while -<g, u> is above 0 in
+                 most searches and the loss below that of the start, up to `reach` * s / kappa;
+                 s = (2 D - <g, u>) / eta and kappa = 2 D / eta^2, both of the first ten searches.
+                 After the head: whatever agreement and loss are, up to `reach_after_head` times
+                 the step size that the first mini-batch accepted
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 
@@ -284,9 +286,10 @@ class SaLSaAdamPlus(LineSearchAdam):
         params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: B as a share of the loss at the start, above 0.
-        reach: Largest step size as a share of the one that minimises the averaged parabola, s /
-            kappa, above 0.
-        reach_after_head: The same where a new head was trained first.
+        reach: Largest step size in multiples of s / kappa, where the parabola of the first steps
+            has its minimum, above 0.
+        reach_after_head: Largest step size after a new head was trained first, in multiples of the
+            one that the first mini-batch accepted, above 0.
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.

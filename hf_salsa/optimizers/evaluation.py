@@ -183,7 +183,9 @@ class Evaluation:
             before, slope_before = numbers(self(), slope)
             return before, unclipped(slope_before)
 
-        slope, *agreement = points.first(rule.first_trial(state), measure)
+        slope, *agreement = [0.0]
+        if rule.wants_slope(state):
+            slope, *agreement = points.first(rule.first_trial(state), measure)
         line = Line(
             loss_at,
             loss=loss,

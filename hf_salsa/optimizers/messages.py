@@ -83,8 +83,8 @@ _FAILURES = {
     "loss": "the loss is {loss} while the gradients are finite (all labels masked?)",
     "overflow": "its numbers overflowed (loss {loss:.3g}, slope {slope:.3g})",
     "slope": "the tested direction does not descend (slope {slope:.3g})",
-    "unresolved": "no step size that lowers the loss {loss:.6g} by more than its precision can show"
-    " was accepted (slope {slope:.3g})",
+    "unresolved": "the changes of the loss {loss:.6g} that count are smaller than its precision "
+    "can show",
     "trials": "max_trials={trials} forward passes found no step size that is accepted",
 }
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from .first import find_first
 from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
-_BETA = 0.7  # of all averages: searches are few, and a step size that is gone must not count long
+_BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
+_BETA_AGREEMENT = 0.9  # of signs: about the last ten searches vote
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
-_FIRST = 10  # searches whose losses are the scale of the loss
+_FIRST = 10  # searches whose losses and parabolas are the scales of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
@@ -30,39 +31,45 @@ class PlusState(RuleState):
 
     Attributes:
         rule_version: Of this rule; a checkpoint of another one is refused.
+        first_step_size: The largest step size that the first mini-batch accepted.
         first_losses: Sum of the losses of the first ten searches.
         first_squares: The same of their squares.
+        first_slopes: Sum of the slopes s of the first ten samples.
+        first_curvatures: The same of the curvatures kappa.
         loss: Smoothed loss.
         change: Smoothed D.
-        s: Smoothed slope.
-        curvature: Smoothed 2 D / eta^2.
-        samples: How many searches `change`, `s` and `curvature` have seen.
+        agreement: Smoothed sign of -<g, u>.
+        samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
     """
 
     units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
+        "first_step_size": (0, 1),
         "first_losses": (1, 0),
         "first_squares": (2, 0),
         "loss": (1, 0),
         "change": (1, 0),
-        "s": (1, -1),
-        "curvature": (1, -2),
+        "first_slopes": (1, -1),
+        "first_curvatures": (1, -2),
     }
 
-    rule_version: int = 2
+    rule_version: int = 3
+    first_step_size: float = 0.0
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
     change: float = 0.0
-    s: float = 0.0
-    curvature: float = 0.0
+    first_slopes: float = 0.0
+    first_curvatures: float = 0.0
+    agreement: float = 0.0
     samples: int = 0
     started_at: int = 0
 
     @classmethod
     def is_former(cls, saved: Mapping[str, Any]) -> bool:
         """Return whether a former version of the rule wrote this."""
-        return "warm_up_over" in saved or saved.get("rule_version", 2) != cls.rule_version
+        version = saved.get("rule_version", cls.rule_version)
+        return "warm_up_over" in saved or version != cls.rule_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +80,28 @@ class Plus(StepSizeRule[PlusState]):
 
         D = f(w - u) - f(w) + <g, u>
 
-    the part of the loss's change that the gradient did not foresee. n are the steps since the last
-    search; averages are exponential (0.7); in the tail D is divided by the square of the tail's
-    factor.
+    the part of the loss's change that the gradient did not foresee. On the parabola through both
+    points the slope where the step began is s = (2 D - <g, u>) / eta, the curvature kappa =
+    2 D / eta^2. n are the steps since the last search; averages are exponential (0.7); in the tail
+    D is divided by the square of the tail's factor.
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
         D > B       eta shrinks by (B / D)^(n / 10), at most by half, and the average of D by the
                     square of that; B is `trust` times the mean loss of the first ten searches
         D <= B      eta grows by 2^(n / steps_to_double), at most by (B / D)^(n / 10) and by 2, as
-                    long as it stays below `reach` * s / kappa; s and kappa are averages of the
-                    slope and of 2 D / eta^2, and s / kappa is where the parabola has its minimum
+                    long as it stays below `reach` times sum(s) / sum(kappa) of the first ten
+                    samples: how far the loss falls along a step, as the run begins
+        agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
+                    the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten, and halves while it is above that by more than two standard deviations
                     and D is above B / 100: a run needs steps to come back
         tail        it does not grow
 
-    After a new head was trained alone, `reach_after_head` is in the place of `reach`: a trained
-    body is ruined by steps that new weights need.
+    After a new head was trained alone it grows, whatever agreement and loss are, up to
+    `reach_after_head` times the step size that the first mini-batch accepted. What the steps of a
+    trained body gain is little beside its noise there, and larger ones ruin it.
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
     than 500 steps have their share of the 9, at least 1.
@@ -101,8 +112,10 @@ class Plus(StepSizeRule[PlusState]):
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
             share of the loss at the start, above 0.
-        reach: Share, above 0, of the step size that minimises the parabola.
-        reach_after_head: The same where a new head was trained alone before.
+        reach: Largest step size, above 0, in multiples of the one that minimises the parabola of
+            the first steps.
+        reach_after_head: Largest step size, above 0, after a new head was trained alone, in
+            multiples of the one that the first mini-batch accepted.
         steps_to_double: Steps in which the step size may double, at least 1.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
@@ -118,12 +131,16 @@ class Plus(StepSizeRule[PlusState]):
 
     first_share: float = 0.3
     trust: float = 0.01
-    reach: float = 0.8
-    reach_after_head: float = 0.25
+    reach: float = 4.0
+    reach_after_head: float = 1.0
     steps_to_double: float = 8
     max_search_interval: int = 20
     initial_step_size: float = 2**-7
     cool_down: float = 0.6
+
+    def wants_slope(self, state: PlusState) -> bool:
+        """Return whether the first step size is to be found: later the last step tells it all."""
+        return not state.step_size_known
 
     def search(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
         """Look back once, and move the step size; or find the first one."""
@@ -143,30 +160,40 @@ class Plus(StepSizeRule[PlusState]):
                 first_squares=state.first_squares + line.loss * line.loss,
             )
         bound = self.trust * seen.first_losses / min(state.samples + 2, _FIRST)
+        precise = line.resolution * _RESOLVED
+        if bound < precise:
+            failed = replace(state.failed(), search_interval=self._interval(state, line))
+            return SearchRecord.of(line, failed, outcome="unresolved"), failed
         # At the start of a second run the tail of the first one is not known any more.
-        shown = line.step > 0 and bound * line.last_factor**2 >= _RESOLVED * line.resolution
+        shown = line.step > 0 and bound * line.last_factor**2 >= precise
         loss_before, slope_before = line.look_back() if shown else (math.nan, 0.0)
         stood_still = slope_before == 0 and loss_before == line.loss
         if not shown or stood_still:  # nothing to learn from: the next search may tell
             searched = state.accepted(search_interval=self._interval(state, line))
-            return self._record(line, searched, loss_before, trials=int(shown)), searched
+            return self._record(line, searched, loss_before, 0.0, trials=int(shown)), searched
 
         change = loss_before - line.loss + slope_before  # D
         if not math.isfinite(change):
             change = math.inf
         change = min(change / line.last_factor**2, _SAMPLE_LIMIT * bound)
-        curvature = 2 * change / state.step_size / state.step_size
+        slope = -slope_before / line.last_factor / state.step_size  # where the step ended
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
             change=moving_average(state.change, change, _BETA),
-            s=moving_average(state.s, line.slope, _BETA),
-            curvature=moving_average(state.curvature, curvature, _BETA),
+            agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )
+        if state.samples < _FIRST:
+            curvature = 2 * change / state.step_size  # times eta
+            seen = replace(
+                seen,
+                first_slopes=state.first_slopes + slope + curvature,
+                first_curvatures=state.first_curvatures + curvature / state.step_size,
+            )
         seen = self._moved(seen, line, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
-        return self._record(line, searched, loss_before, trials=1), searched
+        return self._record(line, searched, loss_before, slope, trials=1), searched
 
     def _moved(self, state: PlusState, line: Line, bound: float) -> PlusState:
         """Return the state with the step size moved as its averages want it."""
@@ -186,7 +213,8 @@ class Plus(StepSizeRule[PlusState]):
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )
-        if line.last_factor < 1 or loss > mean:
+        stalls = state.agreement <= 0 or loss > mean
+        if line.last_factor < 1 or (stalls and not line.after_head):
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -197,13 +225,12 @@ class Plus(StepSizeRule[PlusState]):
         return replace(state, step_size=max(state.step_size, step_size))
 
     def _reach(self, state: PlusState, line: Line) -> float:
-        """Return the largest step size to which the averaged parabola lets it grow."""
-        if state.s <= 0:
-            return 0.0
-        if state.curvature <= 0:
+        """Return the largest step size to which it may grow."""
+        if line.after_head:
+            return self.reach_after_head * state.first_step_size
+        if state.first_curvatures <= 0:
             return math.inf
-        reach = self.reach_after_head if line.after_head else self.reach
-        return reach * state.s / state.curvature
+        return self.reach * max(0.0, state.first_slopes) / state.first_curvatures
 
     @staticmethod
     def _start_of_run(state: PlusState) -> tuple[float, float]:
@@ -223,6 +250,7 @@ class Plus(StepSizeRule[PlusState]):
         if outcome == "accepted":
             found = state.accepted(
                 step_size=self.first_share * step_size,
+                first_step_size=step_size,
                 first_losses=line.loss,
                 first_squares=line.loss * line.loss,
                 started_at=line.step,
@@ -240,11 +268,11 @@ class Plus(StepSizeRule[PlusState]):
         return min(interval, self.max_search_interval)
 
     def _record(
-        self, line: Line, state: PlusState, loss_before: float, trials: int
+        self, line: Line, state: PlusState, loss_before: float, slope: float, trials: int
     ) -> SearchRecord:
-        """Return the record; its decrease is that of the last step, on this mini-batch."""
+        """Return the record; decrease and slope are those of the last step, on this mini-batch."""
         record = SearchRecord.of(line, state, trial_loss=loss_before, trials=trials)
-        return replace(record, decrease=loss_before - line.loss)
+        return replace(record, decrease=loss_before - line.loss, slope=slope)
 
     def describe(self) -> str:
         """Return how the step size is found, for cards."""

@@ -29,6 +29,7 @@ class Line:
         loss_at: Step size eta -> f_k(w_k + eta d_k). One forward pass each; may be infinite or NaN.
         loss: f_k(w_k), finite.
         slope: -<g_k, d_k>, minus the derivative of the loss by eta at 0; finite. ||g_k||^2 for SGD.
+            0 where the rule does not want it (`StepSizeRule.wants_slope`).
         resolution: The smallest change of the loss that its precision can show, above or equal 0.
         look_back: Returns f_k(w_k - u) and <g_k, u>, u the last step taken (all of it, weight decay
             too), for one forward pass. u is 0 where no step is known: before the first one and for
@@ -139,7 +140,8 @@ class SearchRecord:
         trial_loss: f_k at the chosen trial point (plus: before the last step); of the last trial if
             the search failed, NaN if there was none.
         decrease: `loss - trial_loss` (plus: of the last step, `trial_loss - loss`).
-        slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD.
+        slope: Minus the directional derivative of f_k along the tested direction, ||g||^2 for SGD
+            (plus: along the last step, where it ended).
         trials: Step sizes tried, each one forward pass.
         outcome: `"accepted"`; or why the search failed: `"loss"` (f_k(w_k) is not finite),
             `"slope"` (the tested direction does not descend), `"unresolved"` (the loss's precision
@@ -229,6 +231,10 @@ class StepSizeRule(ABC, Generic[State]):
         It is written into the weights while the slope is measured, which saves a pass over memory.
         """
         return state.step_size
+
+    def wants_slope(self, state: State) -> bool:
+        """Return whether the coming search uses `Line.slope`, which costs a pass over memory."""
+        return True
 
     @abstractmethod
     def search(self, state: State, line: Line) -> tuple[SearchRecord, State]:

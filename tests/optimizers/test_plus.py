@@ -60,9 +60,7 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
     decided = {name for name, times in reference.decided.items() if times}
     expected = {"shrunk", "grown"} if variant == "defaults" else {"shrunk", "waited"}
     if variant != "defaults":
-        expected.add("out of range")
-    if direction == "momentum":
-        expected.add("reached")
+        expected |= {"out of range", "reached"}
     assert decided >= expected
 
 
@@ -114,10 +112,8 @@ def test_clipping_divides_out(case):
         found.append(optimizer.param_groups[0])
     whole, clipped = found
     assert whole["samples"] == clipped["samples"] == 1
-    for name in ("change", "curvature", "loss", "first_losses"):
+    for name in ("change", "first_curvatures", "first_slopes", "agreement", "loss", "first_losses"):
         assert clipped[name] == pytest.approx(whole[name], rel=1e-9)
-    if not case.adam:  # the direction is shorter by the gradient's share
-        assert clipped["s"] < whole["s"]
 
 
 # Of a run on a trained body and a new head -> how many steps are done.
@@ -219,16 +215,15 @@ def test_a_few_mini_batches_of_another_kind_do_not_end_a_run(case):
     """They leave the weights where the loss is out of its range; later ones are as before."""
     params = parameters()
     optimizer = case.make(params)
-    losses = []
+    losses, step_sizes = [], []
     for k, (x, y) in enumerate(batches(900)):
         y = y + 5 if 50 <= k < 60 else y
         losses.append(network_loss(params, x, y).item())
         train(optimizer, params, [(x, y)])
-        if k == 100:
-            shrunk = optimizer.step_size
-    assert sum(losses[90:110]) / 20 > losses[0] / 2
+        step_sizes.append(optimizer.step_size)
+    assert sum(losses[60:70]) / 10 > losses[0]
     assert sum(losses[-20:]) / 20 < 0.1 * losses[0]
-    assert optimizer.step_size > 10 * shrunk
+    assert step_sizes[-1] > 5 * min(step_sizes[60:])
 
 
 @of_plus

@@ -15,6 +15,7 @@ from hf_salsa.rules import Line, Plus, PlusState
 from hf_salsa.rules.first import _BISECTIONS, _MOST_TRIALS, _STRIDE
 from hf_salsa.rules.plus import (
     _BETA,
+    _BETA_AGREEMENT,
     _C,
     _DENSE,
     _FIRST,
@@ -29,12 +30,14 @@ from hf_salsa.rules.plus import (
 SETTINGS = Plus()
 BOUND = SETTINGS.trust  # B where the first losses are 1
 NEW = PlusState(step_size=SETTINGS.initial_step_size)
-STARTED = PlusState(step_size=0.25, searches=1, first_losses=1.0, first_squares=1.0)
+STARTED = PlusState(
+    step_size=0.25, searches=1, first_step_size=1e9, first_losses=1.0, first_squares=1.0
+)
 SAMPLES = 50
 DEVIATION = 0.125  # of the first losses of `seen`
 
 
-def seen(*, change=0.0, loss=1.0, s=1e9, curvature=0.0, **changed):
+def seen(*, change=0.0, loss=1.0, agreement=1.0, **changed):
     """A state whose averages, which start at 0, stand for these values."""
     weight = 1 - _BETA**SAMPLES
     state = replace(
@@ -43,8 +46,7 @@ def seen(*, change=0.0, loss=1.0, s=1e9, curvature=0.0, **changed):
         first_squares=_FIRST * (1 + DEVIATION**2),
         loss=weight * loss,
         change=weight * change,
-        s=weight * s,
-        curvature=weight * curvature,
+        agreement=(1 - _BETA_AGREEMENT**SAMPLES) * agreement,
         samples=SAMPLES,
     )
     return replace(state, **changed)
@@ -95,8 +97,9 @@ def test_the_start_goes_up_and_down_to_what_armijo_accepts(initial, curvature):
 def test_the_start_remembers_loss_and_time_and_no_sample():
     line = Line(parabola(1.0, loss=3.0), loss=3.0, slope=1.0, resolution=0.0, step=17)
     _, state = SETTINGS.search(NEW, line)
+    assert state.step_size == SETTINGS.first_share * state.first_step_size
     expected = replace(NEW, first_losses=3.0, first_squares=9.0, started_at=17, searches=1)
-    assert replace(state, step_size=NEW.step_size) == expected
+    assert replace(state, step_size=NEW.step_size, first_step_size=0.0) == expected
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -136,16 +139,20 @@ def test_a_start_that_fails_leaves_everything_to_the_next(outcome, trials, line)
 
 
 def test_a_search_looks_back_once_and_measures_what_the_gradient_did_not_foresee():
-    record, state, looks = look(STARTED, 2**-9, loss=1.5, slope=7.0, foreseen=0.125)
-    loss_before = 1.5 + 2**-9 - 0.125
+    record, state, looks = look(STARTED, 2**-9, loss=1.5, foreseen=-0.125)
+    loss_before = 1.5 + 2**-9 + 0.125
     assert (looks, record.trials, record.outcome) == (1, 1, "accepted")
     assert (record.trial_loss, record.decrease) == (loss_before, loss_before - 1.5)
     assert state.samples == 1
     new = pytest.approx(1 - _BETA)
     assert state.change / 2**-9 == new
     assert state.loss / 1.5 == new
-    assert state.s / 7.0 == new
-    assert state.curvature / (2 * 2**-9 / 0.25**2) == new
+    assert state.agreement == pytest.approx(1 - _BETA_AGREEMENT)
+    assert record.slope == 0.125 / 0.25
+    # The parabola phi of the step: phi(0) - phi(eta) = 1/8 + D, phi'(eta) = -1/8 / eta.
+    s, kappa = state.first_slopes, state.first_curvatures
+    assert s * 0.25 - kappa * 0.25**2 / 2 == pytest.approx(0.125 + 2**-9)
+    assert s - kappa * 0.25 == pytest.approx(0.125 / 0.25)
     assert (state.first_losses, state.first_squares) == (2.5, 3.25)
 
 
@@ -163,6 +170,16 @@ def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples):
         first = count < _FIRST
         assert found.first_losses == count + 3.0 * first
         assert found.first_squares == 1e6 + 9.0 * first
+
+
+@pytest.mark.parametrize("samples", [1, _FIRST - 1, _FIRST])
+def test_the_scale_of_step_sizes_is_that_of_the_first_parabolas(samples):
+    state = replace(seen(), samples=samples, first_slopes=3.0, first_curvatures=5.0)
+    found = look(state, 2**-9, foreseen=-0.125)[1]
+    new = look(STARTED, 2**-9, foreseen=-0.125)[1]
+    counts = samples < _FIRST
+    assert found.first_slopes == 3.0 + counts * new.first_slopes
+    assert found.first_curvatures == 5.0 + counts * new.first_curvatures
 
 
 @pytest.mark.parametrize("change", [1e3 * BOUND, math.inf, -math.inf, math.nan])
@@ -186,12 +203,15 @@ def test_a_step_of_no_length_is_no_sample():
 def test_what_the_precision_of_the_loss_cannot_show_is_not_looked_at():
     limit = BOUND / _RESOLVED
     record, state, looks = look(seen(), 1.0, resolution=1.001 * limit)
-    assert (looks, record.trials, record.accepted) == (0, 0, True)
+    assert (looks, record.trials, record.outcome) == (0, 0, "unresolved")
     assert math.isnan(record.trial_loss)
-    assert state == seen(searches=2)
+    assert state == seen(searches=2, failed_searches=1)
+    late = look(seen(), 1.0, resolution=1.001 * limit, step=10 * _DENSE)[1]
+    assert late.search_interval == 11  # it may tell at last, if the loss falls
     assert look(seen(), 1.0, resolution=0.999 * limit)[2] == 1
     # In the tail steps are short, and changes small in the square of that.
-    assert look(seen(), 1.0, resolution=0.999 * limit, last_factor=0.5)[2] == 0
+    record, _, looks = look(seen(), 1.0, resolution=0.999 * limit, last_factor=0.5)
+    assert (looks, record.outcome) == (0, "accepted")
     assert look(seen(), 1.0, resolution=0.249 * limit, last_factor=0.5)[2] == 1
 
 
@@ -237,20 +257,39 @@ def test_where_changes_are_small_the_step_size_grows(steps, share):
     assert found == pytest.approx(growth)
 
 
-@pytest.mark.parametrize(("after_head", "name"), [(False, "reach"), (True, "reach_after_head")])
-def test_it_grows_only_within_reach_of_the_parabolas_minimum(after_head, name):
-    reach, change = getattr(SETTINGS, name), BOUND / 100
-    curvature = 2 * change / 0.25**2
-    for share, expected in [(0.5, 0.25), (1.02, 0.255), (1e3, None)]:
-        slope = share * 0.25 * curvature / reach  # so that `reach` is this share of the step size
-        state = seen(change=change, curvature=curvature, s=slope)
-        found = look(state, change, slope=slope, after_head=after_head)[1].step_size
+@pytest.mark.parametrize("after_head", [False, True])
+def test_it_grows_only_within_its_reach(after_head):
+    for share, expected in [(-1.0, 0.25), (0.5, 0.25), (1.02, 0.255), (1e3, None)]:
+        if after_head:
+            state = seen(first_step_size=share * 0.25 / SETTINGS.reach_after_head)
+        else:
+            slope = share * 0.25 * 7.0 / SETTINGS.reach  # the parabola's minimum by its curvature
+            state = seen(first_curvatures=7.0, first_slopes=slope)
+        found = look(state, 0.0, after_head=after_head)[1].step_size
         assert found == pytest.approx(expected or 0.25 * 2 ** (1 / SETTINGS.steps_to_double))
 
 
-def test_uphill_it_does_not_grow():
-    for s in (-1.0, 0.0):
-        assert look(seen(s=s), 0.0, slope=s)[1].step_size == 0.25
+def test_a_parabola_that_bends_down_is_no_limit():
+    state = seen(first_curvatures=-7.0, first_slopes=1.0)
+    assert look(state)[1].step_size > 0.25
+
+
+@pytest.mark.parametrize("agreement", [-1.0, 0.0])
+def test_it_does_not_grow_where_new_mini_batches_want_no_more_of_its_steps(agreement):
+    assert look(seen(agreement=agreement), foreseen=0.5)[1].step_size == 0.25
+    assert look(seen(agreement=1.0), foreseen=0.5)[1].step_size > 0.25  # the average decides
+
+
+def test_each_search_has_one_vote():
+    """A mini-batch of another kind, with a slope a thousand times steeper, has no more."""
+    little, much = (look(seen(), foreseen=foreseen)[1].agreement for foreseen in (1e-3, 1e3))
+    assert little == much == pytest.approx(seen().agreement * _BETA_AGREEMENT - 0.1)
+
+
+def test_after_a_head_neither_agreement_nor_loss_keeps_it_from_growing():
+    for state in (seen(agreement=-1.0), seen(loss=1.01)):
+        assert look(state, loss=1.01)[1].step_size == 0.25
+        assert look(state, loss=1.01, after_head=True)[1].step_size > 0.25
 
 
 # --- the tail -----------------------------------------------------------------------------------
@@ -261,7 +300,7 @@ def test_in_the_tail_it_does_not_grow_and_changes_count_by_the_square_of_the_fac
     assert state.step_size == 0.25
     _, whole, _ = look(STARTED, 3 * BOUND)
     _, cooled, _ = look(STARTED, 3 * BOUND / 4, last_factor=0.5)
-    for name in ("step_size", "change", "curvature"):
+    for name in ("step_size", "change", "first_curvatures"):
         assert getattr(cooled, name) == pytest.approx(getattr(whole, name))
     assert cooled.step_size < 0.25
 
@@ -298,7 +337,8 @@ def test_out_of_range_it_does_not_halve_for_ever():
     for _ in range(100):
         _, state, _ = look(state, BOUND * (state.step_size / 0.25) ** 2, loss=9.0)
     assert 0.25 / 2**5 < state.step_size < 0.25
-    assert look(replace(state, loss=0.1), 0.0, loss=0.1)[1].step_size > state.step_size
+    back = replace(state, loss=0.1, agreement=1.0)
+    assert look(back, loss=0.1)[1].step_size > state.step_size
 
 
 # --- when it searches ---------------------------------------------------------------------------
@@ -363,11 +403,9 @@ def test_the_scale_of_the_loss_does_not_matter():
         numbers = random.Random(0)
         state, other = seen(), seen().rescaled(4.0, of_step_size)
         for _ in range(200):
-            loss, change, slope = numbers.uniform(0, 2), numbers.uniform(-0.01, 0.03), 1.0
-            _, state, _ = look(state, change, loss=loss, slope=slope)
-            _, other, _ = look(
-                other, 4 * change, loss=4 * loss, slope=4 * slope / of_step_size, foreseen=2.0
-            )
+            loss, change = numbers.uniform(0, 2), numbers.uniform(-0.01, 0.03)
+            _, state, _ = look(state, change, loss=loss)
+            _, other, _ = look(other, 4 * change, loss=4 * loss, foreseen=2.0)
             assert other == state.rescaled(4.0, of_step_size)
         assert state.step_size != 0.25
 
@@ -380,16 +418,22 @@ signed = st.floats(-1e6, 1e6)
     step_size=sizes,
     losses=st.lists(st.floats(0, 1e6), min_size=1, max_size=30),
     changes=st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=30, max_size=30),
-    slope=signed,
+    foreseen=signed,
     steps=st.integers(1, 20),
     last_factor=st.floats(1e-3, 1),
     after_head=st.booleans(),
 )
 def test_the_step_size_never_leaves_its_bounds(
-    step_size, losses, changes, slope, steps, last_factor, after_head
+    step_size, losses, changes, foreseen, steps, last_factor, after_head
 ):
     first = losses[0]
-    state = replace(STARTED, step_size=step_size, first_losses=first, first_squares=first**2)
+    state = replace(
+        STARTED,
+        step_size=step_size,
+        first_step_size=step_size / SETTINGS.first_share,
+        first_losses=first,
+        first_squares=first**2,
+    )
     for loss, change in zip(losses, changes, strict=False):
         state = replace(state, steps_since_search=steps - 1)
         before, settled = state.step_size, state.samples + 2 >= _FIRST
@@ -397,7 +441,7 @@ def test_the_step_size_never_leaves_its_bounds(
             state,
             change,
             loss=loss,
-            slope=slope,
+            foreseen=foreseen,
             last_factor=last_factor,
             after_head=after_head,
             resolution=sys.float_info.min,
@@ -407,9 +451,12 @@ def test_the_step_size_never_leaves_its_bounds(
         growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double)) if last_factor == 1 else 1.0
         assert 0.5 * before <= state.step_size <= growth * before * (1 + 1e-12)
         if state.step_size > before:
-            reach = SETTINGS.reach_after_head if after_head else SETTINGS.reach
-            assert state.s > 0
-            assert state.step_size * state.curvature <= reach * state.s * (1 + 1e-9)
+            bend, slope = max(0.0, state.first_curvatures), max(0.0, state.first_slopes)
+            if after_head:
+                assert state.step_size <= SETTINGS.reach_after_head * state.first_step_size
+            else:
+                assert state.step_size * bend <= SETTINGS.reach * slope * (1 + 1e-9)
+                assert state.agreement > 0
             assert state.change <= SETTINGS.trust * max(losses)
         if not settled and state.change <= 0:
             assert state.step_size >= before
