@@ -82,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             processing_class=tokenizer,
             characters_per_token=validation.characters_per_token,
         )
-    train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
+    metrics = runs.train_and_evaluate(trainer, checkpoint)
 
     # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**text.card_settings(data_args))
     if text.is_embedded(data_args) and training_args.world_size == 1:
         print(f"\nA sample: {text.sample_text(model, tokenizer)}")
-    runs.print_closing_report(trainer, train_metrics, metrics, text.METRICS)
+    runs.print_closing_report(trainer, metrics, text.METRICS)
 
 
 if __name__ == "__main__":

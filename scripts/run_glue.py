@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             processing_class=tokenizer,
             compute_metrics=glue.make_compute_metrics(metric),
         )
-    train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
+    metrics = runs.train_and_evaluate(trainer, checkpoint)
 
     # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**glue.card_settings(data_args))
-    runs.print_closing_report(trainer, train_metrics, metrics, glue.metric_names(data, metric))
+    runs.print_closing_report(trainer, metrics, glue.metric_names(data, metric))
 
 
 if __name__ == "__main__":

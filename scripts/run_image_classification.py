@@ -86,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             callbacks=[images.EpochCallback(train)],
         )
     with parser.user_errors():  # images are read while it trains
-        train_metrics, metrics = runs.train_and_evaluate(trainer, checkpoint)
+        metrics = runs.train_and_evaluate(trainer, checkpoint)
 
     # Save the card; the model and the metrics are saved by now
     trainer.create_model_card(**images_data.card_settings(data_args))
-    runs.print_closing_report(trainer, train_metrics, metrics, images_models.METRICS)
+    runs.print_closing_report(trainer, metrics, images_models.METRICS)
 
 
 if __name__ == "__main__":

@@ -98,10 +98,8 @@ def _complete(checkpoint: Path, output_dir: Path) -> Path:
     return checkpoint
 
 
-def train_and_evaluate(
-    trainer: Trainer, checkpoint: str | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Train, save the model and evaluate; print, save and return the metrics of both.
+def train_and_evaluate(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Train, save the model and evaluate; print and save the metrics of both, return the latter's.
 
     On Ctrl-C: say in one line how to resume, and exit with status 130.
 
@@ -135,7 +133,7 @@ def train_and_evaluate(
             )
         print(f"\nInterrupted at step {trainer.state.global_step}. {advice}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
-    return train_metrics, metrics
+    return metrics
 
 
 def evaluation_at_start(trainer: Trainer) -> dict[str, float]:
@@ -154,15 +152,13 @@ def evaluation_at_start(trainer: Trainer) -> dict[str, float]:
 
 def print_closing_report(
     trainer: Trainer,
-    train_metrics: Mapping[str, float],
     metrics: Mapping[str, float],
     shown: Sequence[str],
 ) -> None:
-    """Print what came out of a run and where it lies.
+    """Print what came out of a run and where it lies; the trainer has said what the search found.
 
     Args:
         trainer: The trainer, after training, saving and `create_model_card`.
-        train_metrics: The metrics of training.
         metrics: The metrics of the evaluation after training.
         shown: Which metrics of both evaluations to print, without "eval_".
     """
@@ -178,20 +174,6 @@ def print_closing_report(
     before = evaluation_at_start(trainer)
     lines = [("Before training", show(before))] if before else []
     lines.append(("After training", show(metrics)))
-    if "salsa/final_step_size" in train_metrics:
-        lines += [
-            (
-                "Step size",
-                f"{train_metrics['salsa/final_step_size']:.3g} at the end, median "
-                f"{train_metrics['salsa/median_step_size']:.3g} (the rate to try in a plain run)",
-            ),
-            (
-                "Line search",
-                f"{train_metrics['salsa/searches']:.0f} searches, "
-                f"{train_metrics['salsa/trials']:.0f} extra forward passes "
-                f"({train_metrics['salsa/extra_forward_share']:.1%} of all)",
-            ),
-        ]
     lines.append(("Model card", str(output_dir / "README.md")))
     plot = output_dir / PLOT_NAME
     if plot.exists():

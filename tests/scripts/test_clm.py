@@ -119,7 +119,7 @@ def test_clm_baseline(clm, text_file):
         *("--train_file", text_file, "--tokenizer", "bytes", "--optim", "adamw_torch"),
         *("--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", 0.1),
     )
-    assert "Line search" not in result.stdout
+    assert "Search: " not in result.stdout
     card = (result.folder / "README.md").read_text()
     assert "0.001" in card
     assert "salsa" not in card.lower()

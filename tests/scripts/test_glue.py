@@ -59,7 +59,9 @@ def test_glue_on_embedded_data(glue):
     assert f"Accuracy: {metrics['eval_accuracy']:.4f}" in card
     report = result.stdout[result.stdout.index("Before training:") :]
     assert f"accuracy {metrics['eval_accuracy']:.4f}" in report
-    assert f"{everything['salsa/trials']} extra forward passes" in report
+    # What the search found is said once, by the trainer.
+    assert result.stdout.count(f" with {everything['salsa/trials']} extra forward passes.\n") == 1
+    assert result.stdout.count("Step size: ") == 1
     for path in ("README.md", "step_size_and_loss.png", "checkpoint-2"):
         assert str(result.folder / path) in report
 
@@ -186,7 +188,7 @@ def test_baseline(glue, bert_folder):
     history = result.json("trainer_state.json")["log_history"]
     assert not [key for entry in history for key in entry if key.startswith("salsa/")]
     assert "Before training" in result.stdout
-    assert "Line search" not in result.stdout
+    assert "Search: " not in result.stdout
     card = (result.folder / "README.md").read_text()
     assert "2e-05" in card
     assert "salsa" not in card.lower()

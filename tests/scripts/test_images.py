@@ -155,7 +155,7 @@ def test_baseline(run):
         *("--lr_scheduler_type", "cosine", "--warmup_steps", 0.5, "--max_steps", 4),
     )
     assert result.log("learning_rate") == pytest.approx([0, 5e-4, 1e-3, 5e-4])
-    assert "Line search" not in result.stdout
+    assert "Search: " not in result.stdout
     card = (result.folder / "README.md").read_text()
     assert "0.001" in card
     assert "salsa" not in card.lower()
