@@ -180,9 +180,9 @@ def restore(searching: Callable[[Any], Any], cls: Any) -> Any:
 
 
 def say_if_nothing_was_exchanged() -> None:
-    """Say on stderr that the script has come to its end and made no trainer."""
+    """Say on stderr that the script has come to its end and made no trainer in this process."""
     if not searching_trainer.cache_info().currsize:
-        print("hf_salsa: nothing was exchanged, for no Trainer was made.", file=sys.stderr)
+        print("hf_salsa: nothing was exchanged, for this process made no Trainer.", file=sys.stderr)
 
 
 def _in_place_of(cls: Any, searching: Any) -> Any:

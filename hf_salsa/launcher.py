@@ -16,6 +16,9 @@ where it accepts those of `TrainingArguments`. Which optimizer trains is one rul
 A flag that names an optimizer of transformers changes `optim` and nothing else: the code may
 overrule it, as it may without the launcher. One line on stderr says what trains.
 
+A process that the script spawns (`torch.multiprocessing.spawn`) imports the script anew, without
+the launcher, and trains as if there were none: start the processes with `torchrun -m hf_salsa`.
+
 Here a script is run as Python runs it; `hf_salsa.exchange` says how the rest comes about.
 """
 

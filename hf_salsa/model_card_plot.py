@@ -55,7 +55,7 @@ def plot(
     except ImportError:
         warnings.warn(
             "The model card has no plot of loss and step size: matplotlib is not installed. "
-            "pip install hf_salsa[plots]",
+            "pip install matplotlib",
             stacklevel=3,
         )
         return False

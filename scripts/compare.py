@@ -34,7 +34,7 @@ their authors advise (schedule_free_warmup: warm-up, 3e-4 for a new head on a tr
 their default of 2.5e-3, statistics of batch normalisation found anew before an evaluation;
 prodigy_cosine: use_bias_correction, safeguard_warmup, cosine). And the package of the paper's
 authors. The rivals come with
-    pip install hf_salsa[compare]
+    pip install -c constraints.txt -e '.[compare]'
 
 Each run leaves <output_dir>/<task>/<candidate>/seed_<seed>/results.json: its configuration, the
 versions, loss and step size of every update, the evaluations, seconds, extra forward passes; or

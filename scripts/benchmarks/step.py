@@ -11,7 +11,7 @@ that other jobs share, time on the processor is steadier than time on the clock:
     OMP_NUM_THREADS=1 taskset -c 0 python scripts/benchmarks/step.py --clock cpu
 
 Rivals are measured where they are installed:
-    pip install hf_salsa[compare]
+    pip install -c constraints.txt -e '.[compare]'
 """
 
 import argparse

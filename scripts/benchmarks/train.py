@@ -12,7 +12,7 @@ that other jobs share, time on the processor is steadier than time on the clock:
     OMP_NUM_THREADS=1 taskset -c 0 python scripts/benchmarks/train.py --clock cpu
 
 The package of the paper's authors is measured where it is installed:
-    pip install hf_salsa[compare]
+    pip install -c constraints.txt -e '.[compare]'
 
 Whole short jobs, as a user runs them, on the clock and on the processor: the README's main job (0
 updates: as many as the script makes by itself), and jobs of the size of MRPC and others:

@@ -92,7 +92,7 @@ def test_facts(script, tmp_path, form):
     assert without_addresses(launched.stdout) == without_addresses(plain.stdout)
     assert "set()" in plain.stdout  # nothing heavy is loaded before the script loads it
     assert plain.stderr == ""
-    assert launched.stderr == "hf_salsa: nothing was exchanged, for no Trainer was made.\n"
+    assert launched.stderr == "hf_salsa: nothing was exchanged, for this process made no Trainer.\n"
 
 
 def test_a_safe_path_is_left_alone(script, tmp_path):

@@ -122,7 +122,7 @@ def test_a_module_whose_package_fails_is_not_missing(launch, package):
 def test_it_says_when_no_trainer_was_made(launch, package, tmp_path, capsys):
     launch(package / "script.py", tmp_path / "facts.json")
     assert capsys.readouterr().err == (
-        "hf_salsa: nothing was exchanged, for no Trainer was made.\n"
+        "hf_salsa: nothing was exchanged, for this process made no Trainer.\n"
     )
     (package / "trains.py").write_text("import hf_salsa.exchange as e; e.searching_trainer(int)")
     launch(package / "trains.py")
