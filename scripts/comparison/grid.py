@@ -179,8 +179,8 @@ def check(tasks: Mapping[str, Task], names: Sequence[str], sources: Sources) -> 
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
             raise UsageError(
-                f"{name} needs {package}: pip install hf_salsa[compare], or leave it out of "
-                f"--{flag}"
+                f"{name} needs {package}: pip install -c constraints.txt -e '.[compare]', or leave "
+                f"it out of --{flag}"
             ) from error
     for task_name, task in tasks.items():
         if task.settings.get("file") and not sources.text_file:

@@ -28,4 +28,5 @@ def test_a_missing_rival_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CANDIDATES, "prodigy", missing)
     with pytest.raises(SystemExit):
         compare.main(["--preset", "smoke", "--output_dir", str(tmp_path)])
-    assert "prodigy needs no-such-package: pip install hf_salsa[compare]" in capsys.readouterr().err
+    said = "prodigy needs no-such-package: pip install -c constraints.txt -e '.[compare]'"
+    assert said in capsys.readouterr().err
