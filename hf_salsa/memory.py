@@ -43,7 +43,7 @@ class Memory:
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self._seen: dict[int, Restore] = {}
+        self._seen: dict[int, Restore] = {id(scene.objective): lambda: scene.objective}
 
     def of_attributes(
         self,

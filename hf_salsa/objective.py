@@ -81,7 +81,7 @@ class BatchObjective:
             )
         self._optimizer: Evaluating = evaluating
         self._scaler = scaler or scaler_of(optimizer)
-        self.scene = Scene(model, modules)
+        self.scene = Scene(model, modules, self)
         self.with_gradients = False  # whether an evaluation needs gradients of its own
         self.evaluating = False  # True while an evaluation runs
         self.doubling = False  # True in `doubled`, which is for the training step to see

@@ -17,6 +17,8 @@ class Scene:
     Attributes:
         model: The model; its modules, with all that they hold.
         modules: Further modules that the loss uses, as a loss with weights or a teacher.
+        objective: What evaluates the loss. It is never put back, whoever holds it: it has to know
+            all the while that it evaluates, and how far it is.
         owner: What calls the model and may count, log and collect meanwhile: a trainer.
         stable: Large tensors that a forward pass was seen to leave alone; filled by snapshots.
         moving: Frozen parameters that a forward pass moves (the teacher of a moving average), None
@@ -26,6 +28,7 @@ class Scene:
 
     model: nn.Module
     modules: tuple[nn.Module, ...] = ()
+    objective: object | None = None
     owner: object | None = None
     stable: MutableMapping[int, Tensor] = field(default_factory=WeakValueDictionary)
     moving: list[nn.Parameter] | None = None

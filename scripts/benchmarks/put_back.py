@@ -31,7 +31,6 @@ WARM_UP = 4  # steps that do not count
 class TimedObjective(BatchObjective):
     """Adds up what recording and evaluating take beside the training steps that they run."""
 
-    __module__ = BatchObjective.__module__  # else a trial restores `evaluating`, and does more
     clock = "wall"  # of all of them, like what they add up: the trainer makes its own
     seconds = 0.0
 

@@ -8,7 +8,7 @@ from torch import nn
 from trainer_problems import CheckReplay, Recording, WithBatchNorm
 from transformers import Trainer, set_seed
 
-from hf_salsa import SaLSaSGD, SaLSaTrainer, SaLSaTrainerMixin
+from hf_salsa import BatchObjective, SaLSaSGD, SaLSaTrainer, SaLSaTrainerMixin
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,29 @@ def test_replay_is_exact(request, arguments, sentences, texts, model, options):
         warnings.filterwarnings("error", message="Evaluating the objective again")
         trainer.train()
     assert check.checked == 6
+
+
+class OwnObjective(BatchObjective):
+    """Somebody's own, from outside of the package."""
+
+
+@pytest.mark.parametrize("objective", [BatchObjective, OwnObjective])
+def test_trials_are_forward_passes_only(arguments, bert, sentences, monkeypatch, objective):
+    """Each micro-batch is differentiated once, and no trial builds a graph."""
+    monkeypatch.setattr("hf_salsa.trainer.BatchObjective", objective)
+    args = arguments(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)
+    forward, backward, in_trial = [], [], []
+    trainer.model.register_forward_hook(lambda *_: forward.append(torch.is_grad_enabled()))
+    trainer.model.register_forward_hook(lambda *_: in_trial.append(trainer.in_trial))
+    next(trainer.model.parameters()).register_hook(backward.append)
+    trainer.train()
+    assert type(trainer._objective) is objective
+    assert trainer.line_search.counters.searches == 6
+    assert len(backward) == 6 * 2
+    assert forward.count(True) == 6 * 2
+    assert forward.count(False) == 2 * trainer.line_search.counters.trials
+    assert in_trial == [not with_graph for with_graph in forward]
 
 
 def test_replay_is_exact_with_compute_loss_func(arguments, bert, sentences):

@@ -26,6 +26,55 @@ def test_replay_equals_the_recorded_loss_bit_for_bit(model, micro_batches):
     assert torch.equal(objective(), total)  # and again
 
 
+class Counting(BatchObjective):
+    """Counts its evaluations."""
+
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return super().__call__()
+
+
+@pytest.mark.parametrize("cls", [BatchObjective, Counting])
+@pytest.mark.parametrize("held", [lambda objective: objective, lambda objective: [objective]])
+def test_a_model_may_hold_its_objective(model, cls, held):
+    """It moves on while it evaluates: a trial does not put it back to an earlier micro-batch."""
+    optimizer = SaLSaSGD(model.parameters())
+    objective = cls(model, optimizer)
+    model.held = held(objective)
+    total = 0.0
+    for _ in range(3):
+        loss = objective.record(model, torch.randn(5, 6))
+        loss.backward()
+        total = total + loss.detach()
+    assert torch.equal(objective(), total)
+    assert torch.equal(objective(), total)
+    if cls is Counting:
+        assert objective.calls == 2
+    optimizer.step()
+    assert optimizer.counters.searches == 1
+    assert not objective.recorded
+
+
+def test_a_model_that_holds_its_objective_tries_without_gradients_once(model):
+    """A loss that takes a derivative of its own is known as such from the first trial on."""
+    optimizer = SaLSaSGD(model.parameters())
+    objective = model.objective = BatchObjective(model, optimizer)
+    passes = []
+
+    def forces(x):
+        passes.append(torch.is_grad_enabled())
+        x = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(model(x), x, create_graph=True)
+        return force.square().mean()
+
+    objective.record(forces, torch.randn(5, 6)).backward()
+    for _ in range(3):
+        objective()
+    assert passes == [True, False, True, True, True]
+
+
 def test_accumulated_update_tests_all_its_micro_batches():
     """1 x 8 and 2 x 4 choose the same step sizes and weights."""
     x, y = torch.randn(40, 8, 6, dtype=torch.float64), torch.randn(40, 8, 1, dtype=torch.float64)
