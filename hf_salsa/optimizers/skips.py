@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .tensors import locals_of, moment_dtype, sum_over_shards, whole
+from .tensors import LOW_PRECISION, locals_of, moment_dtype, sum_over_shards, whole
 
 MAX_CONSECUTIVE_SKIPS = 20
 
@@ -37,8 +37,18 @@ def largest_squares_fit(params: list[Tensor]) -> bool:
 def gradient_norm(params: list[Tensor]) -> Tensor:
     """Return a number not below the norm of all gradients; not finite if it overflows."""
     (grads,) = locals_of([[p.grad for p in params]], params)
-    norms = list(torch._foreach_norm(grads, 2))
-    return sum_over_shards([norms], params).squeeze(0)
+    if all(_is_dense_on_host(grad) for grad in grads):
+        # Torch's norm takes a quarter longer. That a square overflows shows in both.
+        flat = [grad.view(-1) for grad in grads]
+        norms = torch._foreach_sqrt([torch.dot(grad, grad) for grad in flat])
+    else:
+        norms = torch._foreach_norm(grads, 2)
+    return sum_over_shards([list(norms)], params).squeeze(0)
+
+
+def _is_dense_on_host(grad: Tensor) -> bool:
+    wide = grad.dtype not in LOW_PRECISION  # whose own squares are too large for float16
+    return wide and grad.device.type == "cpu" and grad.is_contiguous()
 
 
 class UnreadSkips:

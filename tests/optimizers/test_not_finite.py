@@ -170,6 +170,25 @@ def test_a_norm_that_overflows_is_looked_into(case, value, skips):
     assert all_finite(optimizer)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.float16]
+)
+def test_the_norm_shows_what_is_not_finite(dtype, transposed, value):
+    """Of each type and layout, also where the sum of the squares is too large for the type."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.zeros(60, 50, dtype=dtype), torch.zeros(7, dtype=dtype)]
+    for param in params:
+        grad = (10 * torch.randn(param.shape, generator=generator)).to(dtype)
+        param.grad = grad.t().contiguous().t() if transposed and grad.dim() == 2 else grad
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    exact = torch.cat([param.grad.to(wide).flatten() for param in params]).norm()
+    assert 0.99 * exact <= gradient_norm(params) <= 2 * exact
+    params[0].grad[59, 49] = value
+    assert not gradient_norm(params).isfinite()
+
+
 @pytest.mark.parametrize("readable", [("cpu",), ()], ids=["host", "accelerator"])
 @every_optimizer
 def test_one_square_that_overflows_leaves_no_trace(case, readable, monkeypatch):
