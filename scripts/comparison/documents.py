@@ -34,6 +34,7 @@ from comparison.tasks import HELD_OUT, PRESETS
 from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
 
 SALSA = NAMES[SaLSaAdam]
+FOLK = "adamw_folk"
 DEFAULT_RATE = "adamw_default"  # AdamW as Trainer has it, a column where it has runs
 COLUMNS = (SALSA, CALIBRATED, DEFAULT_RATE, "schedule_free", "prodigy")
 PAPERS = tuple(NAMES[kind] for kind in (SaLSaAdam, SaLSaSGD, SLSAdam, SLSSGD))
@@ -236,7 +237,7 @@ def summary_sentence(evidence: Evidence) -> str:
             f"It is the rule that `{PLUS}` had in 0.1.0. The present one has no results yet."
         )
     others = []
-    for name in (SALSA, DEFAULT_RATE, "schedule_free", "prodigy"):
+    for name in dict.fromkeys((SALSA, DEFAULT_RATE, "schedule_free", "prodigy", FORMER)):
         count, of_tasks = stand_count(beside, name)
         if of_tasks:
             others.append(f"{name_of(name)} on {count} of {of_tasks}")
@@ -259,6 +260,20 @@ def behind(evidence: Evidence) -> str:
         return "- **Where AdamW at its best rate was better**: on none of these tasks."
     found.sort(key=lambda task: -beside[task][evidence.plus].ratio)
     return f"- **Where AdamW at its best rate was better**: {listed([*map(cpu.title, found)])}."
+
+
+def unswept(evidence: Evidence) -> str:
+    """Return how plus ended where no sweep was made, beside the rate that people would take."""
+    cpu, swept = evidence.cpu, of_plus(evidence)
+    names = [name for name in (evidence.plus, FOLK) if name in cpu.labels]
+    rows = []
+    for task in cpu.tasks:
+        if task not in swept and cpu.of(task, evidence.plus):
+            cells = pairs(cpu, task, names)
+            rows.append([title_of(cpu, task), *(cells.get(name, "") for name in names)])
+    if not rows:
+        return "There is a sweep on every task."
+    return markdown(["", *(name_of(name) for name in names)], rows)
 
 
 def passes_per_update(comparison: Comparison, task: str, candidate: str) -> float:
@@ -348,7 +363,8 @@ def with_errors(evidence: Evidence, names: Sequence[str], tasks: Sequence[str]) 
 
 
 def plus(evidence: Evidence) -> str:
-    return with_errors(evidence, evidence.columns, list(of_plus(evidence)))
+    names = dict.fromkeys([*evidence.columns, FORMER])
+    return with_errors(evidence, list(names), list(of_plus(evidence)))
 
 
 def paper(evidence: Evidence) -> str:
@@ -383,6 +399,8 @@ def findings(evidence: Evidence) -> str:
     lines = []
     for task in cpu.compared:
         beside = beside_sweep(cpu, task)
+        if not beside:
+            continue
         run = cpu.of(task, CALIBRATED)[0]
         names = [name for name in cpu.labels if name in beside]
         stands = [name_of(name) for name in names if beside[name].stands]
@@ -534,6 +552,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "summary": summary,
     "summary-sentence": summary_sentence,
     "behind": behind,
+    "unswept": unswept,
     "cost-sentence": cost_sentence,
     "cost": cost,
     "kinds": kinds,
