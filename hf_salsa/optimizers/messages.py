@@ -85,7 +85,8 @@ _FAILURES = {
     "slope": "the tested direction does not descend (slope {slope:.3g})",
     "unresolved": "the changes of the loss {loss:.6g} that count are smaller than its precision "
     "can show",
-    "trials": "max_trials={trials} forward passes found no step size that is accepted",
+    "trials": "{trials} forward passes, the most that it may take, found no step size that is "
+    "accepted",
 }
 
 

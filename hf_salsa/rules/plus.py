@@ -287,7 +287,8 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
-            f"{double}, and is kept where a step changes the loss of the next mini-batch by at "
-            f"most {100 * self.trust:.3g} % of the loss at the start beside what its gradient "
-            f"foresees. {self.describe_tail()}; the search ran at {when}"
+            f"{double} as long as new mini-batches want more of its steps, and is kept where a "
+            "step changes the loss of the next mini-batch by at most "
+            f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
+            f"{self.describe_tail()}; the search ran at {when}"
         )
