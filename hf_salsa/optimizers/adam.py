@@ -293,8 +293,8 @@ class SaLSaAdamPlus(LineSearchAdam):
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.
-        direction: `"momentum"` takes the slope along d as above, `"gradient"` along the direction
-            of `SaLSaAdam`.
+        direction: Along which the first step size is found: `"momentum"`, d as above, or
+            `"gradient"`, that of `SaLSaAdam`.
         betas: beta1 and beta2, each in [0, 1).
         eps: Added to the denominator, above 0.
         weight_decay: Decoupled weight decay (AdamW's), at least 0. Part of u.

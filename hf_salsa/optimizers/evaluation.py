@@ -160,6 +160,8 @@ class Evaluation:
     ) -> Line:
         """Return what the rule may know, with the first trial point written if `measure` says so.
 
+        Where the rule does not want the slope, nothing is measured or written.
+
         Args:
             points: The way to the trial points.
             measure: As for `TrialPoints.first`: the slope, and the agreement if it is wanted.
@@ -183,9 +185,10 @@ class Evaluation:
             before, slope_before = numbers(self(), slope)
             return before, unclipped(slope_before)
 
-        slope, *agreement = [0.0]
+        measured = [0.0]
         if rule.wants_slope(state):
-            slope, *agreement = points.first(rule.first_trial(state), measure)
+            measured = points.first(rule.first_trial(state), measure)
+        slope, *agreement = measured
         line = Line(
             loss_at,
             loss=loss,

@@ -47,20 +47,20 @@ class PlusState(RuleState):
         "first_step_size": (0, 1),
         "first_losses": (1, 0),
         "first_squares": (2, 0),
-        "loss": (1, 0),
-        "change": (1, 0),
         "first_slopes": (1, -1),
         "first_curvatures": (1, -2),
+        "loss": (1, 0),
+        "change": (1, 0),
     }
 
     rule_version: int = 3
     first_step_size: float = 0.0
     first_losses: float = 0.0
     first_squares: float = 0.0
-    loss: float = 0.0
-    change: float = 0.0
     first_slopes: float = 0.0
     first_curvatures: float = 0.0
+    loss: float = 0.0
+    change: float = 0.0
     agreement: float = 0.0
     samples: int = 0
     started_at: int = 0
@@ -83,7 +83,7 @@ class Plus(StepSizeRule[PlusState]):
     the part of the loss's change that the gradient did not foresee. On the parabola through both
     points the slope where the step began is s = (2 D - <g, u>) / eta, the curvature kappa =
     2 D / eta^2. n are the steps since the last search; averages are exponential (0.7); in the tail
-    D is divided by the square of the tail's factor.
+    D is divided by the square of the tail's factor, <g, u> by the factor.
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
@@ -91,7 +91,8 @@ class Plus(StepSizeRule[PlusState]):
                     square of that; B is `trust` times the mean loss of the first ten searches
         D <= B      eta grows by 2^(n / steps_to_double), at most by (B / D)^(n / 10) and by 2, as
                     long as it stays below `reach` times sum(s) / sum(kappa) of the first ten
-                    samples: how far the loss falls along a step, as the run begins
+                    samples: how far the loss falls along a step, as the run begins. Where sum(s)
+                    is not above 0 it never grows
         agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
                     the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
@@ -175,6 +176,8 @@ class Plus(StepSizeRule[PlusState]):
         change = loss_before - line.loss + slope_before  # D
         if not math.isfinite(change):
             change = math.inf
+        if not math.isfinite(slope_before):
+            slope_before = 0.0  # no vote
         change = min(change / line.last_factor**2, _SAMPLE_LIMIT * bound)
         slope = -slope_before / line.last_factor / state.step_size  # where the step ended
         seen = replace(
@@ -287,7 +290,8 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
-            f"{double} as long as new mini-batches want more of its steps, and is kept where a "
+            f"{double} as long as new mini-batches want more of its steps (after a new head: up to "
+            f"{self.reach_after_head:.3g} times what the first one allows), and is kept where a "
             "step changes the loss of the next mini-batch by at most "
             f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
             f"{self.describe_tail()}; the search ran at {when}"

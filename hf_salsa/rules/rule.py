@@ -36,7 +36,7 @@ class Line:
             parameters that are new. Only for rules with `looks_back`.
         agreement: <g_k, p_k>, where -p_k is what earlier gradients put into the step: above 0 where
             the loss of this mini-batch still falls along them. 0 unless the rule has
-            `wants_agreement`.
+            `wants_agreement` and wants the slope.
         last_factor: The factor of the tail (`StepSizeRule.factor`) in the last step taken.
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
@@ -145,8 +145,9 @@ class SearchRecord:
         trials: Step sizes tried, each one forward pass.
         outcome: `"accepted"`; or why the search failed: `"loss"` (f_k(w_k) is not finite),
             `"slope"` (the tested direction does not descend), `"unresolved"` (the loss's precision
-            cannot show the decrease of any smaller step), `"trials"` (`max_trials` forward passes
-            were not enough), `"overflow"` (an average would no longer be finite).
+            cannot show the decrease of any smaller step; plus: nor the changes that decide),
+            `"trials"` (`max_trials` forward passes were not enough), `"overflow"` (an average would no
+            longer be finite).
         interval: L_k, steps until the next search.
     """
 
@@ -233,7 +234,10 @@ class StepSizeRule(ABC, Generic[State]):
         return state.step_size
 
     def wants_slope(self, state: State) -> bool:
-        """Return whether the coming search uses `Line.slope`, which costs a pass over memory."""
+        """Return whether the coming search uses `Line.slope` or `Line.agreement`.
+
+        They cost a pass over memory. A first search without them is no check of the gradients.
+        """
         return True
 
     @abstractmethod

@@ -237,7 +237,9 @@ def summary_sentence(evidence: Evidence) -> str:
             f"It is the rule that `{PLUS}` had in 0.1.0. The present one has no results yet."
         )
     others = []
-    for name in dict.fromkeys((SALSA, DEFAULT_RATE, "schedule_free", "prodigy", FORMER)):
+    for name in (SALSA, DEFAULT_RATE, "schedule_free", "prodigy", FORMER):
+        if name == evidence.plus:
+            continue
         count, of_tasks = stand_count(beside, name)
         if of_tasks:
             others.append(f"{name_of(name)} on {count} of {of_tasks}")

@@ -233,6 +233,7 @@ def test_a_noted_norm_that_overflows_is_looked_into(norm):
 @every_optimizer
 @both_directions
 def test_a_slope_that_overflows_is_a_failed_search(case, direction):
+    """A rule that looks back sees <g, u> instead, which does not overflow."""
     params = parameters()
     optimizer = case.make(params, direction=direction)
     train(optimizer, params, batches(3))
@@ -249,6 +250,9 @@ def test_a_slope_that_overflows_is_a_failed_search(case, direction):
     if not record.accepted:
         moved = differences(before, optimizer.param_groups[0])
         assert moved - {"trials"} == {"steps", "searches", "failed_searches"}
+    if case.rule.looks_back:
+        assert record.accepted
+        assert 1e150 < abs(record.slope) < math.inf
     assert optimizer.counters.skipped_steps == 0
 
 

@@ -237,3 +237,18 @@ def test_a_negative_loss_is_refused(case):
     with pytest.raises(RuntimeError, match="need one that is not negative"):
         optimizer.step(loss_fn, loss=backward([param], loss_fn))
     assert param.item() == 1.0
+
+
+@of_plus
+def test_the_slope_is_measured_for_the_first_step_size_only(case, monkeypatch):
+    """It costs a pass over the gradients and the state."""
+    measured = []
+    first = trial_points.TrialPoints.first
+    monkeypatch.setattr(
+        trial_points.TrialPoints, "first", lambda *given: measured.append(None) or first(*given)
+    )
+    params = parameters()
+    optimizer = case.make(params)
+    train(optimizer, params, batches(30))
+    assert optimizer.counters.searches > 5
+    assert len(measured) == 1

@@ -183,9 +183,11 @@ def test_the_scale_of_step_sizes_is_that_of_the_first_parabolas(samples):
 
 
 @pytest.mark.parametrize("change", [1e3 * BOUND, math.inf, -math.inf, math.nan])
-def test_one_mini_batch_does_not_decide_for_long(change):
-    """However large the change; a loss that is not finite is a large change."""
-    _, state, _ = look(replace(STARTED, loss=1.0), change, foreseen=0.0)
+@pytest.mark.parametrize("foreseen", [0.0, math.nan, math.inf, -math.inf])
+def test_one_mini_batch_does_not_decide_for_long(change, foreseen):
+    """However large the change; a loss or slope that is not finite is a large change."""
+    record, state, _ = look(replace(STARTED, loss=1.0), change, foreseen=foreseen)
+    assert record.slope == 0
     _, limited, _ = look(replace(STARTED, loss=1.0), _SAMPLE_LIMIT * BOUND, foreseen=0.0)
     assert state == limited
     assert state.step_size < STARTED.step_size
