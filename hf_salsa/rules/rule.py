@@ -146,8 +146,8 @@ class SearchRecord:
         outcome: `"accepted"`; or why the search failed: `"loss"` (f_k(w_k) is not finite),
             `"slope"` (the tested direction does not descend), `"unresolved"` (the loss's precision
             cannot show the decrease of any smaller step; plus: nor the changes that decide),
-            `"trials"` (`max_trials` forward passes were not enough), `"overflow"` (an average would no
-            longer be finite).
+            `"trials"` (`max_trials` forward passes were not enough), `"overflow"` (an average would
+            no longer be finite).
         interval: L_k, steps until the next search.
     """
 
