@@ -294,7 +294,7 @@ def test_without_matplotlib(write, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    with pytest.warns(UserWarning, match=r"pip install hf_salsa\[plots\]") as caught:
+    with pytest.warns(UserWarning, match="pip install matplotlib") as caught:
         card = write()
     assert len(caught) == 1
     assert caught[0].filename == card_runs.__file__  # who asked for the card
