@@ -65,18 +65,7 @@ SETTINGS = {
     "trust": Setting(
         "Change of the loss, beside what its gradient foresees, that a step may make, as a share "
         "of the loss at the start",
-        "a finite number above 0 (0.01 works well)",
-        lambda x: 0 < x < math.inf,
-    ),
-    "reach": Setting(
-        "Largest step size in multiples of the one that minimises the loss's parabola at the start",
-        "a finite number above 0",
-        lambda x: 0 < x < math.inf,
-    ),
-    "reach_after_head": Setting(
-        "Largest step size after a new head was trained alone, in multiples of the one that the "
-        "first mini-batch accepts",
-        "a finite number above 0",
+        "a finite number above 0 (0.006 works well)",
         lambda x: 0 < x < math.inf,
     ),
     "backtrack_factor": Setting(

@@ -185,7 +185,6 @@ PLUS = {
     "all others": {
         "first_share": 0.8,
         "trust": 0.003,
-        "reach": 0.3,
         "steps_to_double": 3,
         "initial_step_size": 0.1,
         "max_search_interval": 6,

@@ -228,12 +228,10 @@ class PlusReference(Reference):
         self.before = [p.w.clone() for p in self.parameters]  # the last step
         self.first_losses: list[float] = []
         self.losses: list[float] = []
-        self.changes: list[float] = []  # D
+        self.changes: list[float] = []  # |D|
         self.signs: list[float] = []  # of -<g, u>
-        self.slopes: list[float] = []  # where the steps began
-        self.curvatures: list[float] = []
         # Searches in which each of them decided.
-        self.decided = dict.fromkeys(["shrunk", "out of range", "waited", "reached", "grown"], 0)
+        self.decided = dict.fromkeys(["shrunk", "out of range", "waited", "grown"], 0)
 
     def factor(self, k: int) -> float:
         """Of the tail."""
@@ -266,14 +264,11 @@ class PlusReference(Reference):
         tail = self.factor(self.k - 1)
         self.trials += 1
         change = min(
-            (loss(self.before).item() - f0 + foreseen) / tail**2, plus._SAMPLE_LIMIT * bound
+            abs(loss(self.before).item() - f0 + foreseen) / tail**2, plus._SAMPLE_LIMIT * bound
         )
         self.losses.append(f0)
         self.changes.append(change)
         self.signs.append(math.copysign(foreseen != 0, -foreseen))
-        if len(self.slopes) < plus._FIRST:
-            self.slopes.append((2 * change - foreseen / tail) / self.eta)
-            self.curvatures.append(2 * change / self.eta**2)
         self.move(bound, mean)
         self.L = self.interval()
 
@@ -284,9 +279,9 @@ class PlusReference(Reference):
         wide = len(self.first_losses) == plus._FIRST
         too_high = wide and f > mean + plus._OUT_OF_RANGE * math.sqrt(variance)
         out_of_range = too_high and change > bound / plus._HARDLY
-        by_change = (bound / change) ** (self.n / plus._STEPS_TO_RETURN) if change > 0 else math.inf
+        ratio = bound / change if change > 0 else math.inf
         if change > bound or out_of_range:
-            shrinkage = 0.5 if out_of_range else max(0.5, by_change)
+            shrinkage = 0.5 if out_of_range else max(0.5, ratio ** (self.n / plus._STEPS_TO_RETURN))
             self.eta *= shrinkage
             self.changes = [x * shrinkage**2 for x in self.changes]
             self.decided["out of range" if out_of_range else "shrunk"] += 1
@@ -295,18 +290,18 @@ class PlusReference(Reference):
         if self.factor(self.k - 1) < 1 or f > mean or disagree:
             self.decided["waited"] += 1
             return
-        grown = self.eta * min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
-        s, kappa = sum(self.slopes), sum(self.curvatures)
-        reach = self.settings["reach"] * max(0, s) / kappa if kappa > 0 else math.inf
-        self.decided["reached" if reach < grown else "grown"] += 1
-        self.eta = max(self.eta, min(grown, reach))
+        by_change = ratio ** (self.n / (plus._STEPS_TO_COME_UP * self.share))
+        self.eta *= min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
+        self.decided["grown"] += 1
+
+    @property
+    def share(self) -> float:
+        """Of what is counted in steps."""
+        return self.total_steps / plus._RUN if 0 < self.total_steps < plus._RUN else 1.0
 
     def interval(self) -> int:
         """Steps to the next search."""
-        dense = plus._DENSE
-        if 0 < self.total_steps < plus._RUN:
-            dense *= self.total_steps / plus._RUN
-        wanted = 1 + math.floor((self.k - self.started_at) / dense)
+        wanted = 1 + math.floor((self.k - self.started_at) / (plus._DENSE * self.share))
         return min(wanted, self.settings["max_search_interval"])
 
     def start(self, f0: float, loss: Loss, slope: float) -> None:

@@ -265,13 +265,11 @@ class SaLSaAdamPlus(LineSearchAdam):
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
                  0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps)
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
-        shrink:  where D > B = `trust` * (mean loss of the first ten searches), by
-                 (B / D)^(steps since the last search / 10), at most by half
-        grow:    else, at most twofold within `steps_to_double` steps, while -<g, u> is above 0 in
-                 most searches and the loss below that of the start, up to `reach` * s / kappa;
-                 s = (2 D - <g, u>) / eta and kappa = 2 D / eta^2, both of the first ten searches.
-                 After the head: whatever agreement and loss are, up to `reach_after_head` times
-                 the step size that the first mini-batch accepted
+        shrink:  where |D| > B = `trust` * (mean loss of the first ten searches), by
+                 (B / |D|)^(steps since the last search / 10), at most by half
+        grow:    else by (B / |D|)^(steps since the last search / 60), at most twofold within
+                 `steps_to_double` steps, while -<g, u> is above 0 in most searches and the loss
+                 below that of the start; after the head whatever these are
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 
@@ -286,10 +284,6 @@ class SaLSaAdamPlus(LineSearchAdam):
         params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: B as a share of the loss at the start, above 0.
-        reach: Largest step size in multiples of s / kappa, where the parabola of the first steps
-            has its minimum, above 0.
-        reach_after_head: Largest step size after a new head was trained first, in multiples of the
-            one that the first mini-batch accepted, above 0.
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.
@@ -328,8 +322,6 @@ class SaLSaAdamPlus(LineSearchAdam):
         *,
         first_share: float = Plus.first_share,
         trust: float = Plus.trust,
-        reach: float = Plus.reach,
-        reach_after_head: float = Plus.reach_after_head,
         steps_to_double: float = Plus.steps_to_double,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -2,7 +2,9 @@
 
 Each is an Armijo line search (Eq. 1) along the signs of the head's gradient, whatever the
 optimizer: w - eta sign(g), Adam's first step, which keeps no state. Along the gradient itself a
-classifier learns its bias and little else, and the body is ruined as without the phase.
+classifier learns its bias and little else, and the body is ruined as without the phase. A head of
+many features fits any mini-batch: where the loss of a new one is above the mean of those before,
+the search begins at half the step size.
 Nothing of the optimizer moves meanwhile, neither moments nor its own step size, of head and body
 alike: it starts after the phase. The body's gradients are dropped, so that it has no part in
 clipping, in norm and finiteness, and in the step. A learning-rate schedule, which only stock
@@ -10,6 +12,7 @@ optimizers have, runs from the first update as ever. The phase comes once: an op
 taken a step of its own has it behind it, in a second run too.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -119,11 +122,14 @@ def train_head(
     Returns:
         What the search found, and where the phase stands now.
     """
-    known = run.head_step_size
+    known, value = run.head_step_size, float(loss)
+    mean = run.head_losses / run.head_steps if run.head_steps else value
+    if value > mean:
+        known /= 2
     state = SaLSaState(known or HEAD_RULE.initial_step_size, searches=int(known > 0))
     with TrialPoints(chunks, _signs) as points:
         line = evaluate.line(
-            points, _slope, HEAD_RULE, state, loss=float(loss), epsilon=spacing(loss, chunks)
+            points, _slope, HEAD_RULE, state, loss=value, epsilon=spacing(loss, chunks)
         )
         record, found = ask(HEAD_RULE, state, line)
     applied = found.step_size if record.accepted else 0.0
@@ -134,6 +140,7 @@ def train_head(
         head_steps=run.head_steps + 1,
         head_failures=run.head_failures + (not record.accepted),
         head_step_size=applied or run.head_step_size,
+        head_losses=run.head_losses + (value if math.isfinite(value) else mean),
         head_applied=applied,
     )
     return record, run

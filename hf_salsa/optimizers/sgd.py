@@ -206,9 +206,8 @@ class SaLSaSGDPlus(LineSearchSGD):
         momentum: Heavy-ball momentum, in [0, 1).
         weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
             least 0. Part of the last step.
-        first_share, trust, reach, reach_after_head, steps_to_double, initial_step_size,
-            max_search_interval, direction, cool_down, head_first, total_steps: as in
-            `SaLSaAdamPlus`.
+        first_share, trust, steps_to_double, initial_step_size, max_search_interval, direction,
+            cool_down, head_first, total_steps: as in `SaLSaAdamPlus`.
 
     Raises:
         ValueError: An argument is out of range; the message has the range.
@@ -224,8 +223,6 @@ class SaLSaSGDPlus(LineSearchSGD):
         *,
         first_share: float = Plus.first_share,
         trust: float = Plus.trust,
-        reach: float = Plus.reach,
-        reach_after_head: float = Plus.reach_after_head,
         steps_to_double: float = Plus.steps_to_double,
         momentum: float = 0.9,
         initial_step_size: float = Plus.initial_step_size,

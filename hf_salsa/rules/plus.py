@@ -15,14 +15,15 @@ from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
 _BETA_AGREEMENT = 0.9  # of signs: about the last ten searches vote
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
-_FIRST = 10  # searches whose losses and parabolas are the scales of the run
+_FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
+_STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
 _HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
-_RUN = 500  # steps; a shorter run has a share of them
+_RUN = 500  # steps; a shorter run has a share of the 9 and of the 60
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,25 @@ class PlusState(RuleState):
 
     Attributes:
         rule_version: Of this rule; a checkpoint of another one is refused.
-        first_step_size: The largest step size that the first mini-batch accepted.
         first_losses: Sum of the losses of the first ten searches.
         first_squares: The same of their squares.
-        first_slopes: Sum of the slopes s of the first ten samples.
-        first_curvatures: The same of the curvatures kappa.
         loss: Smoothed loss.
-        change: Smoothed D.
+        change: Smoothed |D|.
         agreement: Smoothed sign of -<g, u>.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
     """
 
     units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
-        "first_step_size": (0, 1),
         "first_losses": (1, 0),
         "first_squares": (2, 0),
-        "first_slopes": (1, -1),
-        "first_curvatures": (1, -2),
         "loss": (1, 0),
         "change": (1, 0),
     }
 
-    rule_version: int = 3
-    first_step_size: float = 0.0
+    rule_version: int = 4
     first_losses: float = 0.0
     first_squares: float = 0.0
-    first_slopes: float = 0.0
-    first_curvatures: float = 0.0
     loss: float = 0.0
     change: float = 0.0
     agreement: float = 0.0
@@ -80,32 +72,27 @@ class Plus(StepSizeRule[PlusState]):
 
         D = f(w - u) - f(w) + <g, u>
 
-    the part of the loss's change that the gradient did not foresee. On the parabola through both
-    points the slope where the step began is s = (2 D - <g, u>) / eta, the curvature kappa =
-    2 D / eta^2. n are the steps since the last search; averages are exponential (0.7); in the tail
-    D is divided by the square of the tail's factor, <g, u> by the factor.
+    the part of the loss's change that the gradient did not foresee. How far it is from 0 says how
+    much a step bends the function, whichever way. n are the steps since the last search; averages
+    are exponential (0.7); in the tail D is divided by the square of the tail's factor.
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
-        D > B       eta shrinks by (B / D)^(n / 10), at most by half, and the average of D by the
-                    square of that; B is `trust` times the mean loss of the first ten searches
-        D <= B      eta grows by 2^(n / steps_to_double), at most by (B / D)^(n / 10) and by 2, as
-                    long as it stays below `reach` times sum(s) / sum(kappa) of the first ten
-                    samples: how far the loss falls along a step, as the run begins. Where sum(s)
-                    is not above 0 it never grows
+        |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
+                    the square of that; B is `trust` times the mean loss of the first ten searches
+        |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
                     the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten, and halves while it is above that by more than two standard deviations
-                    and D is above B / 100: a run needs steps to come back
+                    and |D| is above B / 100: a run needs steps to come back
         tail        it does not grow
 
-    After a new head was trained alone it grows, whatever agreement and loss are, up to
-    `reach_after_head` times the step size that the first mini-batch accepted. What the steps of a
-    trained body gain is little beside its noise there, and larger ones ruin it.
+    After a new head was trained alone it grows whatever agreement and loss are: what the steps of
+    a trained body gain is little beside its noise there.
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
-    than 500 steps have their share of the 9, at least 1.
+    than 500 steps have their share of the 9, at least 1, and of the 60.
 
     The loss must not be negative: its size at the start is what a change is measured by.
 
@@ -113,10 +100,6 @@ class Plus(StepSizeRule[PlusState]):
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
             share of the loss at the start, above 0.
-        reach: Largest step size, above 0, in multiples of the one that minimises the parabola of
-            the first steps.
-        reach_after_head: Largest step size, above 0, after a new head was trained alone, in
-            multiples of the one that the first mini-batch accepted.
         steps_to_double: Steps in which the step size may double, at least 1.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
@@ -131,9 +114,7 @@ class Plus(StepSizeRule[PlusState]):
     looks_back: ClassVar[bool] = True
 
     first_share: float = 0.3
-    trust: float = 0.01
-    reach: float = 4.0
-    reach_after_head: float = 1.0
+    trust: float = 0.006
     steps_to_double: float = 8
     max_search_interval: int = 20
     initial_step_size: float = 2**-7
@@ -173,7 +154,7 @@ class Plus(StepSizeRule[PlusState]):
             searched = state.accepted(search_interval=self._interval(state, line))
             return self._record(line, searched, loss_before, 0.0, trials=int(shown)), searched
 
-        change = loss_before - line.loss + slope_before  # D
+        change = abs(loss_before - line.loss + slope_before)  # |D|
         if not math.isfinite(change):
             change = math.inf
         if not math.isfinite(slope_before):
@@ -187,13 +168,6 @@ class Plus(StepSizeRule[PlusState]):
             agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )
-        if state.samples < _FIRST:
-            curvature = 2 * change / state.step_size  # times eta
-            seen = replace(
-                seen,
-                first_slopes=state.first_slopes + slope + curvature,
-                first_curvatures=state.first_curvatures + curvature / state.step_size,
-            )
         seen = self._moved(seen, line, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
         return self._record(line, searched, loss_before, slope, trials=1), searched
@@ -222,18 +196,9 @@ class Plus(StepSizeRule[PlusState]):
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
-            room = math.log(bound / change)
-            growth = min(growth, math.exp(min(room * steps / _STEPS_TO_RETURN, 1.0)))
-        step_size = min(state.step_size * growth, self._reach(state, line))
-        return replace(state, step_size=max(state.step_size, step_size))
-
-    def _reach(self, state: PlusState, line: Line) -> float:
-        """Return the largest step size to which it may grow."""
-        if line.after_head:
-            return self.reach_after_head * state.first_step_size
-        if state.first_curvatures <= 0:
-            return math.inf
-        return self.reach * max(0.0, state.first_slopes) / state.first_curvatures
+            room = math.log(bound / change) * steps / (_STEPS_TO_COME_UP * self._share(line))
+            growth = min(growth, math.exp(min(room, 1.0)))
+        return replace(state, step_size=state.step_size * growth)
 
     @staticmethod
     def _start_of_run(state: PlusState) -> tuple[float, float]:
@@ -253,7 +218,6 @@ class Plus(StepSizeRule[PlusState]):
         if outcome == "accepted":
             found = state.accepted(
                 step_size=self.first_share * step_size,
-                first_step_size=step_size,
                 first_losses=line.loss,
                 first_squares=line.loss * line.loss,
                 started_at=line.step,
@@ -265,10 +229,14 @@ class Plus(StepSizeRule[PlusState]):
 
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
-        share = min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
         steps = max(0, line.step - state.started_at)  # a second run counts its own
-        interval = 1 + int(steps / max(1.0, _DENSE * share))
+        interval = 1 + int(steps / max(1.0, _DENSE * self._share(line)))
         return min(interval, self.max_search_interval)
+
+    @staticmethod
+    def _share(line: Line) -> float:
+        """Return the share that a short run has of what is counted in steps."""
+        return min(1.0, line.total_steps / _RUN) if line.total_steps else 1.0
 
     def _record(
         self, line: Line, state: PlusState, loss_before: float, slope: float, trials: int
@@ -290,9 +258,9 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
-            f"{double} as long as new mini-batches want more of its steps (after a new head: up to "
-            f"{self.reach_after_head:.3g} times what the first one allows), and is kept where a "
-            "step changes the loss of the next mini-batch by at most "
+            f"{double} as long as new mini-batches want more of its steps (after a new head: "
+            "whether they do or not), and is kept where a step changes the loss of the next "
+            "mini-batch by at most "
             f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

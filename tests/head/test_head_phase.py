@@ -70,6 +70,22 @@ def test_the_head_reaches_a_bias_of_150(kind):
     assert float(loop.net(batch(99)[0]).mean()) == pytest.approx(BIAS, rel=0.1)
 
 
+@each_kind
+def test_a_head_that_fits_each_mini_batch_alone_takes_shorter_steps(kind):
+    """Random targets and more features than examples: what one gains, the next one loses."""
+
+    class Noise(Loop):
+        def loss(self, x, y):
+            noise = torch.randn(16, 1, generator=torch.Generator().manual_seed(int(1e6 * x.sum())))
+            return (self.net(x) - 10 * noise).square().mean()
+
+    loop, step_sizes = started(kind, head_first=40, make_loop=Noise), []
+    for number in range(40):
+        loop.run(1, first=number)
+        step_sizes.append(loop.optimizer.step_size)
+    assert max(step_sizes[-10:]) < step_sizes[0] / 4
+
+
 @each_search
 def test_the_optimizer_begins_after_the_phase(kind):
     """Its first step is that of a fresh optimizer at the weights that the phase leaves."""

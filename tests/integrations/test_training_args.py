@@ -144,8 +144,8 @@ def test_deepspeed_is_refused_with_the_alternative(tmp_path):
         ("salsa_adam", "require_decrease=True", {"require_decrease": True}),
         (
             "salsa_adam_plus",
-            "trust=0.02,first_share=0.2,reach_after_head=0.3",
-            {"trust": 0.02, "first_share": 0.2, "reach_after_head": 0.3},
+            "trust=0.02,first_share=0.2,max_search_interval=7",
+            {"trust": 0.02, "first_share": 0.2, "max_search_interval": 7},
         ),
         ("salsa_adam", "", {}),
     ],
@@ -213,14 +213,14 @@ def test_optim_args_that_have_a_field_of_transformers_name_it(tmp_path, given, f
 
 def test_optim_args_take_several_settings_and_refuse_infinity(tmp_path):
     args = SaLSaTrainingArguments(
-        str(tmp_path), optim="salsa_adam_plus", optim_args="trust=0.02, reach=7"
+        str(tmp_path), optim="salsa_adam_plus", optim_args="trust=0.02, first_share=0.7"
     )
     assert optimizer_arguments(args)["trust"] == 0.02
-    assert optimizer_arguments(args)["reach"] == 7
+    assert optimizer_arguments(args)["first_share"] == 0.7
     for infinite in ("inf", "1e999"):
-        with pytest.raises(ValueError, match="reach=inf is not allowed: .* finite number above 0"):
+        with pytest.raises(ValueError, match="trust=inf is not allowed: .* finite number above 0"):
             SaLSaTrainingArguments(
-                str(tmp_path), optim="salsa_adam_plus", optim_args=f"reach={infinite}"
+                str(tmp_path), optim="salsa_adam_plus", optim_args=f"trust={infinite}"
             )
 
 

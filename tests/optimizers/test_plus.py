@@ -60,7 +60,7 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
     decided = {name for name, times in reference.decided.items() if times}
     expected = {"shrunk", "grown"} if variant == "defaults" else {"shrunk", "waited"}
     if variant != "defaults":
-        expected |= {"out of range", "reached"}
+        expected |= {"out of range"}
     assert decided >= expected
 
 
@@ -87,7 +87,9 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
         assert record.trial_loss == pytest.approx(loss_before, rel=1e-12)
         bound = group["trust"] * group["first_losses"] / len(weights)
         seen = loss_before - float(loss) + foreseen
-        change = plus._BETA * change + (1 - plus._BETA) * min(seen, plus._SAMPLE_LIMIT * bound)
+        change = plus._BETA * change + (1 - plus._BETA) * min(
+            abs(seen), plus._SAMPLE_LIMIT * bound
+        )
         change *= min(1.0, optimizer.step_size / shrunk) ** 2
         assert group["change"] == pytest.approx(change, rel=1e-9)
         assert (record.trials, group["samples"]) == (1, len(weights) - 1)
@@ -112,7 +114,7 @@ def test_clipping_divides_out(case):
         found.append(optimizer.param_groups[0])
     whole, clipped = found
     assert whole["samples"] == clipped["samples"] == 1
-    for name in ("change", "first_curvatures", "first_slopes", "agreement", "loss", "first_losses"):
+    for name in ("change", "agreement", "loss", "first_losses"):
         assert clipped[name] == pytest.approx(whole[name], rel=1e-9)
 
 
@@ -221,7 +223,7 @@ def test_a_few_mini_batches_of_another_kind_do_not_end_a_run(case):
         losses.append(network_loss(params, x, y).item())
         train(optimizer, params, [(x, y)])
         step_sizes.append(optimizer.step_size)
-    assert sum(losses[60:70]) / 10 > losses[0]
+    assert sum(losses[60:70]) > 1.5 * sum(losses[40:50])
     assert sum(losses[-20:]) / 20 < 0.1 * losses[0]
     assert step_sizes[-1] > 5 * min(step_sizes[60:])
 

@@ -39,8 +39,6 @@ SLS = {**PAPER, "c": 0.1, "beta3": 0.0, "max_search_interval": 1}
 PLUS = {
     "first_share": Plus.first_share,
     "trust": Plus.trust,
-    "reach": Plus.reach,
-    "reach_after_head": Plus.reach_after_head,
     "steps_to_double": Plus.steps_to_double,
     "initial_step_size": Plus.initial_step_size,
     "max_search_interval": Plus.max_search_interval,
@@ -203,8 +201,6 @@ BAD = {
     "steps_to_double": 0,
     "first_share": 0.0,
     "trust": 0.0,
-    "reach": math.nan,
-    "reach_after_head": math.inf,
     "backtrack_factor": 1.0,
     "initial_step_size": 0.0,
     "max_search_interval": 0,
@@ -245,7 +241,7 @@ def test_every_setting_is_checked(case):
         (SaLSaSGDPlus, "first_share", 1.5),
         (SaLSaSGDPlus, "cool_down", -0.1),
         (SaLSaAdamPlus, "trust", -0.01),
-        (SaLSaAdamPlus, "reach", "0.8"),
+        (SaLSaAdamPlus, "steps_to_double", "8"),
     ],
 )
 def test_bad_arguments_of_the_plus_optimizers_are_refused(cls, option, value):

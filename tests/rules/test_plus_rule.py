@@ -24,15 +24,14 @@ from hf_salsa.rules.plus import (
     _RESOLVED,
     _RUN,
     _SAMPLE_LIMIT,
+    _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
 )
 
 SETTINGS = Plus()
 BOUND = SETTINGS.trust  # B where the first losses are 1
 NEW = PlusState(step_size=SETTINGS.initial_step_size)
-STARTED = PlusState(
-    step_size=0.25, searches=1, first_step_size=1e9, first_losses=1.0, first_squares=1.0
-)
+STARTED = PlusState(step_size=0.25, searches=1, first_losses=1.0, first_squares=1.0)
 SAMPLES = 50
 DEVIATION = 0.125  # of the first losses of `seen`
 
@@ -97,9 +96,8 @@ def test_the_start_goes_up_and_down_to_what_armijo_accepts(initial, curvature):
 def test_the_start_remembers_loss_and_time_and_no_sample():
     line = Line(parabola(1.0, loss=3.0), loss=3.0, slope=1.0, resolution=0.0, step=17)
     _, state = SETTINGS.search(NEW, line)
-    assert state.step_size == SETTINGS.first_share * state.first_step_size
     expected = replace(NEW, first_losses=3.0, first_squares=9.0, started_at=17, searches=1)
-    assert replace(state, step_size=NEW.step_size, first_step_size=0.0) == expected
+    assert replace(state, step_size=NEW.step_size) == expected
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -149,10 +147,6 @@ def test_a_search_looks_back_once_and_measures_what_the_gradient_did_not_foresee
     assert state.loss / 1.5 == new
     assert state.agreement == pytest.approx(1 - _BETA_AGREEMENT)
     assert record.slope == 0.125 / 0.25
-    # The parabola phi of the step: phi(0) - phi(eta) = 1/8 + D, phi'(eta) = -1/8 / eta.
-    s, kappa = state.first_slopes, state.first_curvatures
-    assert s * 0.25 - kappa * 0.25**2 / 2 == pytest.approx(0.125 + 2**-9)
-    assert s - kappa * 0.25 == pytest.approx(0.125 / 0.25)
     assert (state.first_losses, state.first_squares) == (2.5, 3.25)
 
 
@@ -172,14 +166,12 @@ def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples):
         assert found.first_squares == 1e6 + 9.0 * first
 
 
-@pytest.mark.parametrize("samples", [1, _FIRST - 1, _FIRST])
-def test_the_scale_of_step_sizes_is_that_of_the_first_parabolas(samples):
-    state = replace(seen(), samples=samples, first_slopes=3.0, first_curvatures=5.0)
-    found = look(state, 2**-9, foreseen=-0.125)[1]
-    new = look(STARTED, 2**-9, foreseen=-0.125)[1]
-    counts = samples < _FIRST
-    assert found.first_slopes == 3.0 + counts * new.first_slopes
-    assert found.first_curvatures == 5.0 + counts * new.first_curvatures
+@pytest.mark.parametrize("change", [BOUND / 3, 3 * BOUND, 99 * BOUND])
+def test_a_change_counts_whichever_way_it_goes(change):
+    """A loss that bends down under a step is left as fast as one that bends up."""
+    up, down = (look(STARTED, sign * change)[1] for sign in (1, -1))
+    assert up.change == pytest.approx(down.change)
+    assert up.step_size == pytest.approx(down.step_size)
 
 
 @pytest.mark.parametrize("change", [1e3 * BOUND, math.inf, -math.inf, math.nan])
@@ -242,38 +234,24 @@ def test_too_large_a_change_shrinks_the_step_size(steps, excess):
 
 def test_the_average_decides_not_one_mini_batch():
     assert look(seen(change=BOUND / 5), 2 * BOUND)[1].step_size >= 0.25
-    assert look(seen(change=5 * BOUND), -BOUND)[1].step_size < 0.25
+    assert look(seen(change=5 * BOUND), 0.0)[1].step_size < 0.25
 
 
 # --- growing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
-@pytest.mark.parametrize("share", [-1.0, 0.0, 1e-300, 0.1, 0.9])
-def test_where_changes_are_small_the_step_size_grows(steps, share):
+@pytest.mark.parametrize("total_steps", [0, 100, 1000])
+@pytest.mark.parametrize("share", [0.0, 1e-300, 1e-4, 0.1, 0.9])
+def test_where_changes_are_small_the_step_size_grows(steps, share, total_steps):
+    """The faster the smaller they are; D grows with the square, so it is there in 30 steps."""
     state = seen(change=share * BOUND, steps_since_search=steps - 1)
-    found = look(state, share * BOUND)[1].step_size / 0.25
+    found = look(state, share * BOUND, total_steps=total_steps)[1].step_size / 0.25
     growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double))
-    if share > 0.01:
-        growth = min(growth, share ** (-steps / _STEPS_TO_RETURN))
+    if share > 1e-200:
+        to_come_up = _STEPS_TO_COME_UP * (0.2 if total_steps == 100 else 1.0)
+        growth = min(growth, share ** (-steps / to_come_up))
     assert found == pytest.approx(growth)
-
-
-@pytest.mark.parametrize("after_head", [False, True])
-def test_it_grows_only_within_its_reach(after_head):
-    for share, expected in [(-1.0, 0.25), (0.5, 0.25), (1.02, 0.255), (1e3, None)]:
-        if after_head:
-            state = seen(first_step_size=share * 0.25 / SETTINGS.reach_after_head)
-        else:
-            slope = share * 0.25 * 7.0 / SETTINGS.reach  # the parabola's minimum by its curvature
-            state = seen(first_curvatures=7.0, first_slopes=slope)
-        found = look(state, 0.0, after_head=after_head)[1].step_size
-        assert found == pytest.approx(expected or 0.25 * 2 ** (1 / SETTINGS.steps_to_double))
-
-
-def test_a_parabola_that_bends_down_is_no_limit():
-    state = seen(first_curvatures=-7.0, first_slopes=1.0)
-    assert look(state)[1].step_size > 0.25
 
 
 @pytest.mark.parametrize("agreement", [-1.0, 0.0])
@@ -302,7 +280,7 @@ def test_in_the_tail_it_does_not_grow_and_changes_count_by_the_square_of_the_fac
     assert state.step_size == 0.25
     _, whole, _ = look(STARTED, 3 * BOUND)
     _, cooled, _ = look(STARTED, 3 * BOUND / 4, last_factor=0.5)
-    for name in ("step_size", "change", "first_curvatures"):
+    for name in ("step_size", "change"):
         assert getattr(cooled, name) == pytest.approx(getattr(whole, name))
     assert cooled.step_size < 0.25
 
@@ -432,7 +410,6 @@ def test_the_step_size_never_leaves_its_bounds(
     state = replace(
         STARTED,
         step_size=step_size,
-        first_step_size=step_size / SETTINGS.first_share,
         first_losses=first,
         first_squares=first**2,
     )
@@ -453,14 +430,9 @@ def test_the_step_size_never_leaves_its_bounds(
         growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double)) if last_factor == 1 else 1.0
         assert 0.5 * before <= state.step_size <= growth * before * (1 + 1e-12)
         if state.step_size > before:
-            bend, slope = max(0.0, state.first_curvatures), max(0.0, state.first_slopes)
-            if after_head:
-                assert state.step_size <= SETTINGS.reach_after_head * state.first_step_size
-            else:
-                assert state.step_size * bend <= SETTINGS.reach * slope * (1 + 1e-9)
-                assert state.agreement > 0
+            assert after_head or state.agreement > 0
             assert state.change <= SETTINGS.trust * max(losses)
-        if not settled and state.change <= 0:
+        if not settled and state.change == 0:
             assert state.step_size >= before
 
 

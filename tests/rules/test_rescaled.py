@@ -17,13 +17,10 @@ STATES = {
         Plus(),
         PlusState(
             **SEARCHED,
-            first_step_size=1.5,
             first_losses=6.0,
             first_squares=6.5,
             loss=0.8,
             change=0.001,
-            first_slopes=0.5,
-            first_curvatures=3.0,
             agreement=-0.2,
             samples=6,
             started_at=2,

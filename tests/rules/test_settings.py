@@ -20,8 +20,6 @@ RANGES = {
     ),
     "first_share": ("a number in (0, 1]", [1e-9, 0.1, 1, 1.0], [0, 0.0, -0.1, 1.1]),
     "trust": ("a finite number above 0", [1e-9, 0.01, 5], [0, -0.01]),
-    "reach": ("a finite number above 0", [1e-9, 0.8, 5], [0, -0.8]),
-    "reach_after_head": ("a finite number above 0", [1e-9, 0.25, 5], [0, -0.25]),
     "backtrack_factor": (OPEN_UNIT, [0.01, 0.9], [0, 1, 1.1]),
     "initial_step_size": ("a finite number above 0", [1, 1e-30, 1e30], [0, -1.0]),
     "max_search_interval": (
