@@ -16,9 +16,9 @@ from hf_salsa import OPTIMIZERS, SaLSaAdam
 pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(Path(compare.__file__).parent / "benchmarks"))  # they are run from there
-import_time, measuring, put_back, step, train, workloads = map(
+contenders, import_time, measuring, put_back, step, train, workloads = map(
     importlib.import_module,
-    ("import_time", "measuring", "put_back", "step", "train", "workloads"),
+    ("contenders", "import_time", "measuring", "put_back", "step", "train", "workloads"),
 )
 
 
@@ -35,7 +35,7 @@ def tiny(monkeypatch):
     )
     shape = workloads.ModelShape(BertForSequenceClassification, config, 4, 8)
     monkeypatch.setitem(workloads.MODELS, "minilm", shape)
-    monkeypatch.setattr(step, "SHORTEST_TURN", 1e-9)
+    monkeypatch.setattr(contenders, "SHORTEST_TURN", 1e-9)
     return shape
 
 
@@ -68,7 +68,7 @@ def test_a_search_makes_the_wanted_trials(trials):
     weight = nn.Parameter(torch.ones(8))
     weight.grad = torch.ones(8)
     optimizer = SaLSaAdam([weight])
-    search = step.RestingSearch(optimizer)
+    search = contenders.RestingSearch(optimizer)
     search.no_search().run()
     assert optimizer.last_search is None
     search.norm_known().run()
