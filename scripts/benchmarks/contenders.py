@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from measuring import DEVICE, Clock, version
 from torch import Tensor, nn
-from workloads import MODELS, OURS, PYPI, STEP_SIZE, at_rest, pypi_optimizer, update_groups
+from transformers import default_data_collator
+from workloads import (
+    LONG_RUN,
+    MODELS,
+    OURS,
+    PLUS,
+    PYPI,
+    STEP_SIZE,
+    at_rest,
+    plus_before_a_search,
+    pypi_optimizer,
+    update_groups,
+)
 
-from hf_salsa import BatchObjective, SaLSaAdam
+from hf_salsa import BatchObjective, SaLSaAdam, SaLSaAdamPlus
 
 SHORTEST_TURN = 0.1  # seconds; one step of a small model is shorter than a time slice
 NO_SEARCH = f"{OURS}, no search"
@@ -136,6 +148,55 @@ def salsa_contenders(optimizer: SaLSaAdam, trials: Sequence[int]) -> dict[str, C
         # Where every step searches, the backup stays for the next search.
         f"{OURS}, {searching(1)}, every step": search.search(1, max_search_interval=1),
     }
+
+
+class PlusSearch:
+    """SaLSaAdamPlus where searches are rare, put back to one step before one every time.
+
+    It is meant for clipped gradients, so their norm is known.
+    """
+
+    def __init__(self, optimizer: SaLSaAdamPlus) -> None:
+        self._optimizer = optimizer
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._objective = BatchObjective(nn.ParameterList(params), optimizer)
+        self._norm = torch.tensor(1.0, device=DEVICE)
+        self._state = plus_before_a_search(STEP_SIZE)
+        loss = torch.tensor(1.0, device=DEVICE)  # at no cost
+        self._step = partial(optimizer.step, lambda: loss, loss=loss)
+
+    def _prepare_step_before(self) -> None:
+        update_groups(self._optimizer, self._state)
+        self._objective.note_gradient_norm(self._norm)
+
+    def _prepare_search(self) -> None:
+        self.step_before().run()
+        self._objective.note_gradient_norm(self._norm)
+
+    def step_before(self) -> Contender:
+        """Return the step before a search, which copies the weights."""
+        return Contender(self._step, self._prepare_step_before)
+
+    def search(self) -> Contender:
+        """Return the step with a search, which looks back at the step before."""
+        return Contender(self._step, self._prepare_search)
+
+
+def plus_contenders(params: list[nn.Parameter]) -> dict[str, Contender]:
+    search = PlusSearch(SaLSaAdamPlus(params, total_steps=LONG_RUN))
+    return {
+        f"{PLUS}, step before a search": search.step_before(),
+        f"{PLUS}, search": search.search(),
+    }
+
+
+def training_passes(model: str) -> Contender:
+    """Return the forward and the backward pass of a training step, without its update."""
+    shape = MODELS[model]
+    network = shape.build().to(DEVICE).train()
+    examples = default_data_collator(shape.examples(shape.batch_size))
+    batch = {name: value.to(DEVICE) for name, value in examples.items()}
+    return Contender(lambda: network(**batch).loss.backward(), network.zero_grad)
 
 
 def pypi_contenders(params: list[nn.Parameter], trials: Sequence[int]) -> dict[str, Contender]:

@@ -1,6 +1,7 @@
 """What a step of SaLSaAdam costs beside torch's AdamW and other optimizers: time and memory.
 
-The optimizers alone, on parameters shaped like MiniLM-L6, BERT-base and GPT-2 small:
+The optimizers alone, on parameters shaped like MiniLM-L6, BERT-base and GPT-2 small; and what each
+takes longer than fused AdamW, as a share of a training step: forward and backward pass and AdamW.
     python scripts/benchmarks/step.py
 
 In a fraction of the time, with wider spreads: --quick.
@@ -29,9 +30,11 @@ from contenders import (
     NORM_KNOWN,
     Contender,
     parameters,
+    plus_contenders,
     rival_contenders,
     salsa_contenders,
     searching,
+    training_passes,
 )
 from measuring import DEVICE, Clock, Ratio, Row, verdict
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ from hf_salsa import BatchObjective, SaLSaAdam
 
 GROUP_NUMBERS = (1, 10, 100)
 FUSED = "AdamW fused"
+PASSES = "forward and backward pass"
 TIME_LIMIT = 1.05  # the ratio to AdamW of a step that does not search, at most
 MEMORY_LIMIT = 1.05  # copies of the weights that a search may add
 PYPI_LIMIT = 5  # its time on a search step over ours, at least
@@ -89,12 +93,17 @@ def benchmark_model(model: str, args: argparse.Namespace) -> list[Row]:
         FUSED: Contender(AdamW(params, STEP_SIZE, fused=True).step),
         "AdamW foreach": Contender(AdamW(params, STEP_SIZE, foreach=True).step),
         **salsa_contenders(SaLSaAdam(params), args.trials),
+        **plus_contenders(params),
         **rival_contenders(params, args.trials),
+        PASSES: training_passes(model),
     }
     measured = measure(contenders, args)
+    fused, passes = measured[FUSED].seconds, measured[PASSES].seconds
+    whole = [update + rest for update, rest in zip(fused, passes, strict=True)]
     rows = []
     for name, mine in measured.items():
-        ratio = Ratio.of(mine.seconds, measured[FUSED].seconds)
+        ratio = Ratio.of(mine.seconds, fused)
+        added = [its - update for its, update in zip(mine.seconds, fused, strict=True)]
         copies = mine.memory / sum(p.nbytes for p in params)
         target = verdict(ratio.median, TIME_LIMIT) if name in (NO_SEARCH, NORM_KNOWN) else ""
         if name.startswith(f"{OURS}, search"):
@@ -108,6 +117,7 @@ def benchmark_model(model: str, args: argparse.Namespace) -> list[Row]:
                 "optimizer": name,
                 "ms": 1e3 * mine.median,
                 "ratio (quartiles)": ratio,
+                "added to a training step": None if name == PASSES else Ratio.of(added, whole),
                 "target": target,
                 "ns per weight": 1e9 * mine.median / sum(p.numel() for p in params),
                 "extra MB": mine.memory / 1e6,

@@ -14,8 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_salsa import SaLSaAdamPlus
+
 STEP_SIZE = 1e-6  # so small that the weights stay what they were
 OURS = "SaLSaAdam"
+PLUS = "SaLSaAdamPlus"
+LONG_RUN = 10**6  # steps; the tail of the plus rule is far away
 PYPI = "PyPI SaLSA"  # the authors' own release, SaLSa-Optimizer
 SEARCHES_TO_REST = 400  # after so many at one step size the next ones are as far apart as may be
 
@@ -93,6 +97,23 @@ def at_rest(
         twin.step(lambda start=start: 0.0 if weight.item() == start else -taken, loss=0.0)
     (rested,) = twin.param_groups
     return {name: value for name, value in rested.items() if name not in {"params", *names}}
+
+
+def plus_before_a_search(step_size: float) -> dict[str, Any]:
+    """Return the same of SaLSaAdamPlus as it is one step before a search, when those are rare.
+
+    Args:
+        step_size: That the search before it left.
+    """
+    weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+    twin = SaLSaAdamPlus([weight], total_steps=LONG_RUN)
+    (group,) = twin.param_groups
+    before: dict[str, Any] = {}
+    while not (twin.search_due and group["search_interval"] == group["max_search_interval"]):
+        before = {name: value for name, value in group.items() if name != "params"}
+        weight.grad = 2 * weight.detach()
+        twin.step(lambda: 1 + weight * weight)
+    return before | {"step_size": step_size, "lr": step_size}
 
 
 def update_groups(optimizer: Optimizer, values: dict[str, Any]) -> None:

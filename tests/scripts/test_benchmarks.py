@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_salsa import OPTIMIZERS, SaLSaAdam
+from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +55,12 @@ def test_the_optimizers_alone(tiny, tmp_path, capsys):
     assert rows["SaLSaAdam, no search, norm known"]["copies of the weights"] < 0.5
     for trials in ("1 trial", "3 trials"):
         assert rows[f"SaLSaAdam, search, {trials}"]["copies of the weights"] >= 1
+    assert "SaLSaAdamPlus, step before a search" in rows
+    assert rows["forward and backward pass"]["ratio (quartiles)"][0] > 1
+    added = {name: row["added to a training step"] for name, row in rows.items()}
+    assert added["AdamW fused"] == [0.0, 0.0, 0.0]
+    assert added["SaLSaAdamPlus, search"][0] > 0
+    assert added["forward and backward pass"] is None
     assert {row["groups"] for row in groups} == {1, 10, 100}
     assert [row["steps"] for row in quarters] == [2, 4, 6, 8]
     assert quarters[-1]["searches"] > 0
@@ -79,6 +85,24 @@ def test_a_search_makes_the_wanted_trials(trials):
         assert optimizer.last_search.interval == 10
     search.search(trials, max_search_interval=1).run()
     assert optimizer.last_search.interval == 1
+
+
+def test_plus_copies_the_weights_and_then_looks_back():
+    weight = nn.Parameter(torch.ones(8))
+    weight.grad = torch.ones(8)
+    optimizer = SaLSaAdamPlus([weight], total_steps=workloads.LONG_RUN)
+    search = contenders.PlusSearch(optimizer)
+    for _ in range(2):
+        before = weight.detach().clone()
+        search.step_before().run()
+        trials = optimizer.counters.trials
+        assert torch.equal(optimizer.state[weight]["previous"], before)
+        assert not torch.equal(weight, before)
+        assert optimizer.search_due
+        search.search().run()
+        assert optimizer.counters.trials == trials + 1
+        assert optimizer.last_search.slope != 0  # it saw a step
+        assert optimizer.last_search.interval == 20
 
 
 @pytest.mark.parametrize("due", [True, False])
