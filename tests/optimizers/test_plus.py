@@ -87,9 +87,7 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
         assert record.trial_loss == pytest.approx(loss_before, rel=1e-12)
         bound = group["trust"] * group["first_losses"] / len(weights)
         seen = loss_before - float(loss) + foreseen
-        change = plus._BETA * change + (1 - plus._BETA) * min(
-            abs(seen), plus._SAMPLE_LIMIT * bound
-        )
+        change = plus._BETA * change + (1 - plus._BETA) * min(abs(seen), plus._SAMPLE_LIMIT * bound)
         change *= min(1.0, optimizer.step_size / shrunk) ** 2
         assert group["change"] == pytest.approx(change, rel=1e-9)
         assert (record.trials, group["samples"]) == (1, len(weights) - 1)

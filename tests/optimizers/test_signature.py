@@ -1,7 +1,6 @@
 """What a user may write: names, settings and their defaults, refusals (contract line 19)."""
 
 import inspect
-import math
 import re
 from dataclasses import fields
 
