@@ -359,7 +359,6 @@ class LineSearchOptimizer(Direction, Evaluating):
                 last_factor=self._factor(run),
                 step=run.steps - run.run_start,
                 total_steps=run.run_steps,
-                after_head=run.head_steps > 0,
             )
             precise = not any(c.params[0].dtype in LOW_PRECISION for c in chunks)
             exact = not run.reevaluate_loss

@@ -88,9 +88,6 @@ class Plus(StepSizeRule[PlusState]):
                     and |D| is above B / 100: a run needs steps to come back
         tail        it does not grow
 
-    After a new head was trained alone it grows whatever agreement and loss are: what the steps of
-    a trained body gain is little beside its noise there.
-
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
     than 500 steps have their share of the 9, at least 1, and of the 60.
 
@@ -190,8 +187,7 @@ class Plus(StepSizeRule[PlusState]):
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )
-        stalls = state.agreement <= 0 or loss > mean
-        if line.last_factor < 1 or (stalls and not line.after_head):
+        if line.last_factor < 1 or state.agreement <= 0 or loss > mean:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -258,9 +254,8 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
-            f"{double} as long as new mini-batches want more of its steps (after a new head: "
-            "whether they do or not), and is kept where a step changes the loss of the next "
-            "mini-batch by at most "
+            f"{double} as long as new mini-batches want more of its steps, and is kept where a "
+            "step changes the loss of the next mini-batch by at most "
             f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

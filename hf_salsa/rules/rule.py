@@ -40,7 +40,6 @@ class Line:
         last_factor: The factor of the tail (`StepSizeRule.factor`) in the last step taken.
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
-        after_head: Whether a new head was trained alone before.
     """
 
     loss_at: Callable[[float], float]
@@ -52,7 +51,6 @@ class Line:
     last_factor: float = 1.0
     step: int = 0
     total_steps: int = 0
-    after_head: bool = False
 
 
 @dataclass(frozen=True)
