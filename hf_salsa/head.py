@@ -24,6 +24,7 @@ def find_head(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
     registered, as far as they are new and less than half of all. New is what transformers did not
     load (`from_pretrained` marks what it did) and what still has the values that initialisation
     leaves: biases of 0 or, as torch's own layers have them, uniform numbers of the layer's range.
+    Normalisations and embeddings alone are no head: their values show too little.
     With PEFT the head is what is new of `modules_to_save`; the factors of an adapter are none.
     Nothing is found in a model from scratch, or where the head was trained or shares its weights
     with the body.
@@ -57,7 +58,7 @@ def find_head(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
         if any(_loaded(p) for p in _own(leaf)) or not _as_initialised(leaf, spread):
             break
         head.append(leaf)
-    if 2 * len(head) >= len(leaves):
+    if 2 * len(head) >= len(leaves) or not any(map(_maps, head)):
         return []
     body = {id(p) for leaf in leaves[: len(leaves) - len(head)] for p in _own(leaf)}
     # What is shared belongs to the body.
@@ -100,6 +101,11 @@ def _is_new_copy(wrapper: Any, spread: float | None) -> bool:
     )
 
 
+def _maps(module: nn.Module) -> bool:
+    """Return whether a module is a layer that maps its input, as linear ones and convolutions."""
+    return not isinstance(module, _LOOK_UPS) and any(p.dim() > 1 for p in _own(module))
+
+
 def _own(module: nn.Module) -> list[Tensor]:
     return list(module.parameters(recurse=False))
 
@@ -129,8 +135,11 @@ def _as_initialised(module: nn.Module, spread: float | None) -> bool:
         error = 1 / math.sqrt(2 * weight.numel())  # relative, of a standard deviation
         return abs(float(weight.detach().float().std()) / spread - 1) <= 5 * error
     # torch's own start of linear layers and convolutions; training moves some numbers out of it.
+    # One number all over, as where somebody filled them, is no random start.
     bound = 1 / math.sqrt(weight[0].numel())
-    return all(float(p.detach().abs().max()) <= bound for p in (weight, bias) if p is not None)
+    own_numbers = [p.detach().abs() for p in (weight, bias) if p is not None]
+    sizes = [float(end) for numbers in own_numbers for end in numbers.aminmax()]
+    return min(sizes) < max(sizes) <= bound
 
 
 def mark_head(

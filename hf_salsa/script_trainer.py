@@ -49,6 +49,12 @@ class ScriptTrainerMixin(_Base):
         return optimizer
 
     @property
+    def schedules_itself(self) -> bool:
+        """Whether the script's trainer has a `create_scheduler` of its own."""
+        own = super().create_scheduler.__func__  # type: ignore[attr-defined]
+        return own is not Trainer.create_scheduler
+
+    @property
     def _flag_names_line_search(self) -> bool:
         return self.args.optim in OPTIMIZERS and _flag(self.args.optim) is not None
 
@@ -59,7 +65,7 @@ _said: set[str] = set()  # one line for all trainers of a script, if they do the
 class _Announcement(TrainerCallback):
     """Says what trains, as soon as that is certain."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: ScriptTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,13 +75,16 @@ class _Announcement(TrainerCallback):
             print(f"hf_salsa: {text}", file=sys.stderr, flush=True)
 
 
-def _what_trains(trainer: Trainer) -> str:
+def _what_trains(trainer: ScriptTrainerMixin) -> str:
     kind, optimizer = type(trainer).__name__, innermost(trainer.optimizer)
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))  # of an enum, or a word
     flag = _flag(name)
     if isinstance(optimizer, LineSearchOptimizer):
         who = flag or ("the default" if name == DEFAULT_OPTIMIZER else "the script's optim=")
-        return f"{kind}'s optimizer was exchanged for {type(optimizer).__name__} ({who})."
+        text = f"{kind}'s optimizer was exchanged for {type(optimizer).__name__} ({who})."
+        if trainer.schedules_itself:
+            text += " Its create_scheduler is not called: there is no learning rate to schedule."
+        return text
     text = f"{kind} trains with {type(optimizer).__name__}, nothing was exchanged:"
     if flag is not None:
         return f"{text} {flag} names {name}."

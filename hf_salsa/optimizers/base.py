@@ -29,6 +29,7 @@ from .skips import (
 )
 from .state import (
     LATER_NAMES,
+    RULE,
     Counters,
     RunState,
     changed_settings,
@@ -90,7 +91,7 @@ class LineSearchOptimizer(Direction, Evaluating):
         state = self.rule_type.state_type(rule.initial_step_size)
         run = RunState(run_steps=total_steps or 0)
         defaults = {"lr": state.step_size, **vars(rule), **options, **vars(state), **vars(run)}
-        defaults |= {"head": False, "step_size_factor": 1.0}
+        defaults |= {"head": False, "step_size_factor": 1.0, RULE: self.rule_type.__name__}
         self._reset_transients()
         super().__init__(params, defaults)
 
@@ -228,7 +229,8 @@ class LineSearchOptimizer(Direction, Evaluating):
             text = messages.OTHER_SETTINGS.format(changed=", ".join(changed))
             self._warn_once(f"settings {changed}", text)
         here = {name: self.param_groups[0][name] for name in names_of(self.rule_type)}
-        here["step_size_factor"] = 1.0  # what checkpoints from before it mean
+        # What checkpoints from before them mean.
+        here |= {"step_size_factor": 1.0, RULE: self.rule_type.__name__}
         groups = [LATER_NAMES | here | group for group in state_dict["param_groups"]]
         self.param_groups = head_phase.cut_like(self.param_groups, groups)
         super().load_state_dict({**with_tensors(state_dict), "param_groups": groups})
@@ -356,7 +358,7 @@ class LineSearchOptimizer(Direction, Evaluating):
                 state,
                 loss=value,
                 epsilon=epsilon,
-                last_factor=self._factor(run),
+                last_factor=self._factor(run, skipped=run.consecutive_skips),
                 step=run.steps - run.run_start,
                 total_steps=run.run_steps,
             )
@@ -525,6 +527,7 @@ class LineSearchOptimizer(Direction, Evaluating):
             return 0.0  # only the moments move
         return float(state.step_size * self._factor(run))
 
-    def _factor(self, run: RunState) -> float:
-        """Return the factor of the tail in the latest step."""
-        return self.rule.factor(max(0, run.steps - 1 - run.run_start), run.run_steps)
+    def _factor(self, run: RunState, skipped: int = 0) -> float:
+        """Return the factor of the tail in the latest step, or in the one before those skipped."""
+        step = run.steps - 1 - skipped - run.run_start
+        return self.rule.factor(max(0, step), run.run_steps)

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .state import RunState, names_of
+from .state import RULE, RunState, names_of
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -53,7 +53,7 @@ def refuse_names(optimizer: type[Any], settings: dict[str, Any]) -> None:
         settings: What it was given by name.
     """
     of_rule = names_of(optimizer.rule_type)
-    of_state = {*names_of(optimizer.rule_type.state_type), *names_of(RunState)}
+    of_state = {*names_of(optimizer.rule_type.state_type), *names_of(RunState), RULE}
     if clash := sorted(of_state & {*of_rule, *optimizer.options}):
         raise TypeError(
             f"{clash[0]!r} is a setting and a name of the state of {optimizer.__name__}; both are "

@@ -1,7 +1,7 @@
 """Scalars in `param_groups`, where every way to make a checkpoint finds them.
 
-Each parameter group holds the same scalars under fixed keys, present from the start: settings and
-state of the rule, `RunState`, and `lr`, the step size last applied.
+Each parameter group holds the same scalars under fixed keys, present from the start: name, settings
+and state of the rule, `RunState`, and `lr`, the step size last applied.
 """
 
 from collections.abc import Iterable
@@ -57,6 +57,8 @@ class RunState:
     head_applied: float = 0.0
 
 
+RULE = "rule"  # the key of the name of the rule
+
 # What checkpoints of earlier versions lack, and stands for "not known", or for no head.
 LATER_NAMES = {
     "micro_batches": RunState.micro_batches,
@@ -110,7 +112,7 @@ def shared_names(optimizer: type[Any]) -> list[str]:
     """Return what all parameter groups share: one search, one step size."""
     records = (optimizer.rule_type, optimizer.rule_type.state_type, RunState)
     names = [name for record in records for name in names_of(record)]
-    return [*names, *({"direction", "head_first"} & optimizer.options.keys()), "lr"]
+    return [*names, *({"direction", "head_first"} & optimizer.options.keys()), RULE, "lr"]
 
 
 def refuse_own_values(optimizer: type[Any], group: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ def written_by(group: dict[str, Any], base: type[Any]) -> type[Any] | None:
 
 
 def refuse_another_kind(optimizer: type[Any], group: dict[str, Any], base: type[Any]) -> None:
-    """Raise a `ValueError` if another subclass of `base` wrote a saved parameter group."""
+    """Raise a `ValueError` if another subclass of `base`, or another rule, wrote this."""
     if optimizer.rule_type.state_type.is_former(group):
         raise ValueError(
             f"This checkpoint was written by a former version of the rule of {optimizer.__name__}, "
@@ -160,6 +162,13 @@ def refuse_another_kind(optimizer: type[Any], group: dict[str, Any], base: type[
         raise ValueError(
             f"This checkpoint was not written by {optimizer.__name__} but by {name}. Resume with "
             "the optimizer that wrote it."
+        )
+    # Rules whose states have the same names mean different things by them.
+    rule = optimizer.rule_type.__name__
+    if group.get(RULE, rule) != rule:
+        raise ValueError(
+            f"This checkpoint was written with the rule {group[RULE]}, but the rule of "
+            f"{optimizer.__name__} is {rule}. Resume with an optimizer of the rule that wrote it."
         )
 
 

@@ -33,29 +33,63 @@ SHARDED = [
 ] + [given("adamw_torch", 4, HEAD_STEPS, fsdp=True, fsdp_config=FSDP2)]
 
 
+# The body takes shorter steps than the head: processes -> the runs.
+FACTOR = 0.25
+WITH_FACTORS = {
+    1: [given("salsa_adam", 8), given("salsa_sgd_plus", 8)],
+    2: [
+        given("salsa_adam", 4),
+        given("salsa_adam", 4, 2, fsdp=True, fsdp_config=FSDP2),
+        given("salsa_sgd_plus", 4, 6, fsdp=True, fsdp_config=FSDP2),
+    ],
+}
+for runs in WITH_FACTORS.values():
+    runs[:] = [{**run, "body_factor": FACTOR} for run in runs]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Optimizer -> the result of one process."""
-    (results,) = launch(tmp_path_factory.mktemp("one"), 1, [given(o, 8) for o in OPTIMIZERS])
-    return dict(zip(OPTIMIZERS, results, strict=True))
+    """Optimizer, and whether with a factor -> the result of one process."""
+    runs = [*(given(o, 8) for o in OPTIMIZERS), *WITH_FACTORS[1]]
+    (results,) = launch(tmp_path_factory.mktemp("one"), 1, runs)
+    kinds = [(run["optim"], "body_factor" in run) for run in runs]
+    return dict(zip(kinds, results, strict=True))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The results of two ranks: of DDP, then of FSDP2."""
-    runs = [*(given(optim, 4) for optim in OPTIMIZERS), *SHARDED]
+    """The results of two ranks: of DDP, then of FSDP2, then with factors."""
+    runs = [*(given(optim, 4) for optim in OPTIMIZERS), *SHARDED, *WITH_FACTORS[2]]
     return launch(tmp_path_factory.mktemp("two"), 2, runs)
+
+
+def assert_trained_alike(result, expected):
+    assert result["head_steps"] == expected["head_steps"] == HEAD_STEPS
+    assert result["step_sizes"][:5] == pytest.approx(expected["step_sizes"][:5], rel=1e-3)
+    assert result["losses"][:5] == pytest.approx(expected["losses"][:5], rel=1e-3)
+    assert result["norm"] == pytest.approx(expected["norm"], rel=3e-3)
 
 
 def test_two_processes_train_the_head_as_one_does(one, two):
     names = [*OPTIMIZERS, *OPTIMIZERS, "adamw_torch"]
-    for number, (optim, result) in enumerate(zip(names, two[0], strict=True)):
-        expected = one[optim]
+    for number, (optim, result) in enumerate(zip(names, two[0], strict=False)):
         assert result["sharded"] == (number >= len(OPTIMIZERS))
-        assert result["head_steps"] == expected["head_steps"] == HEAD_STEPS
-        assert result["step_sizes"][:5] == pytest.approx(expected["step_sizes"][:5], rel=1e-3)
-        assert result["losses"][:5] == pytest.approx(expected["losses"][:5], rel=1e-3)
-        assert result["norm"] == pytest.approx(expected["norm"], rel=3e-3)
+        assert_trained_alike(result, one[optim, False])
+
+
+def test_a_body_with_shorter_steps_is_trained_as_in_one_process(one, two):
+    results = two[0][-len(WITH_FACTORS[2]) :]
+    assert [result["sharded"] for result in results] == [False, True, True]
+    for run, result in zip(WITH_FACTORS[2], results, strict=True):
+        expected, plain = one[run["optim"], True], one[run["optim"], False]
+        assert_trained_alike(result, expected)
+        for which in (result, result.get("resumed", result)):
+            factors = {(is_head, factor) for is_head, factor in which["factors"]}
+            assert factors == {(False, FACTOR), (True, 1.0)}
+        steps = slice(HEAD_STEPS, HEAD_STEPS + 4)  # the first ones of head and body
+        assert result["step_sizes"][steps] == pytest.approx(expected["step_sizes"][steps], rel=1e-3)
+        assert result["losses"][steps] == pytest.approx(expected["losses"][steps], rel=1e-3)
+        assert result["step_sizes"][steps] != pytest.approx(plain["step_sizes"][steps], rel=0.1)
 
 
 def test_ranks_hold_the_same_weights(two):
@@ -65,7 +99,7 @@ def test_ranks_hold_the_same_weights(two):
 
 
 def test_fsdp2_resumes_in_the_phase_bit_for_bit(two):
-    for result in two[0][len(OPTIMIZERS) :]:
+    for result in [result for result in two[0] if result["sharded"]]:
         assert result["resumed"]["weights"] == result["weights"]
         assert result["resumed"]["step_sizes"] == result["step_sizes"]
         assert result["resumed"]["trials"] == result["trials"]

@@ -93,6 +93,24 @@ def make_data(kind: str) -> list[dict]:
     return examples
 
 
+class WithFactors(SaLSaTrainer):
+    """Lets the body take a share of the steps that the head takes.
+
+    Args:
+        body_factor: That share.
+    """
+
+    def __init__(self, *args, body_factor: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.body_factor = body_factor
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for group in optimizer.param_groups:
+            group["step_size_factor"] = 1.0 if group["head"] else self.body_factor
+        return optimizer
+
+
 def plain_loop(configuration: dict) -> dict:
     """Train in a loop without Trainer; the loss may call DDP's wrapper or what it wraps."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -153,7 +171,11 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         PartialState().distributed_type = DistributedType.MULTI_GPU
     model = make_model(configuration["model"], configuration["dropout"])
     data = make_data(configuration["model"])[: configuration.get("examples")]
-    trainer = SaLSaTrainer(model, args, train_dataset=data)
+    if "body_factor" in configuration:
+        factor = configuration["body_factor"]
+        trainer = WithFactors(model, args, train_dataset=data, body_factor=factor)
+    else:
+        trainer = SaLSaTrainer(model, args, train_dataset=data)
     all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
     optimizer = unwrap_evaluating(trainer.optimizer)
@@ -168,6 +190,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         "searches": optimizer.counters.searches,
         "trials": optimizer.counters.trials,
         "head_steps": optimizer.param_groups[0]["head_steps"],
+        "factors": [[g["head"], g.get("step_size_factor")] for g in optimizer.param_groups],
         "all_reduces": all_reduces[0],
         "weights": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
         "buffers": torch.cat(buffers).tolist() if buffers else [],

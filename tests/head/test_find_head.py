@@ -183,6 +183,22 @@ def test_half_of_a_plain_module_is_no_head():
     assert find_head(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))) == []
 
 
+@pytest.mark.parametrize(
+    "last", [nn.LayerNorm(16), nn.RMSNorm(16), nn.BatchNorm1d(16), nn.Embedding(4, 16)]
+)
+def test_a_normalisation_or_an_embedding_alone_is_none(last):
+    assert find_head(nn.Sequential(body(), last)) == []
+
+
+def test_parameters_that_are_all_ones_are_none():
+    model = nn.Sequential(body(), nn.Linear(16, 1), nn.Linear(1, 1))
+    assert find_head(model) == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(1.0)
+    assert find_head(model) == []
+
+
 def test_what_is_frozen_is_not_trained_first():
     model = nn.Sequential(body(), nn.Linear(16, 2))
     model[1].bias.requires_grad_(False)

@@ -146,6 +146,31 @@ def test_what_the_code_says_is_left_alone(train, arguments, code):
     )
 
 
+class OwnSchedulerTrainer(Trainer):
+    """Makes its scheduler itself."""
+
+    scheduled = ()
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.scheduled.append(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+def test_a_scheduler_of_the_scripts_own(train, arguments, monkeypatch):
+    """Not called with a line search, and the line says so; with a stock optimizer as ever."""
+    monkeypatch.setattr(OwnSchedulerTrainer, "scheduled", [])
+    said = (
+        "OwnSchedulerTrainer's optimizer was exchanged for SaLSaAdam (the default). Its "
+        "create_scheduler is not called: there is no learning rate to schedule."
+    )
+    assert train(OwnSchedulerTrainer) == (SaLSaAdam, [said])
+    assert OwnSchedulerTrainer.scheduled == []
+    optimizer, (line,) = train(OwnSchedulerTrainer, arguments(optim="adamw_torch"))
+    assert optimizer is torch.optim.AdamW
+    assert "create_scheduler" not in line
+    assert OwnSchedulerTrainer.scheduled == [2]
+
+
 @pytest.mark.parametrize("code", IN_CODE)
 def test_the_launchers_flag_wins_over_the_code(train, arguments, asked, code):
     asked("salsa_sgd", script="salsa_adam")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_salsa import SLSSGD, BatchObjective, SLSAdam
 from hf_salsa.optimizers import evaluation, trial_points
+from hf_salsa.optimizers.head_first import head_first_class
 from hf_salsa.optimizers.tensors import numbers
 from hf_salsa.rules import SearchRecord
 
@@ -178,6 +179,32 @@ def test_a_search_writes_a_trial_point_once_and_comes_back_once(cls, small_chunk
     assert optimizer.last_search.trials == 1
     assert traffic.passes["weights written"] == 3
     assert traffic.passes["weights read"] == 1
+
+
+HEAD_FIRST = {
+    "Adam": SLSAdam,
+    "SGD": SLSSGD,
+    "looking back": looking_back_only(LookBackAdam),
+    "stock": partial(head_first_class(torch.optim.AdamW), lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("make", HEAD_FIRST.values(), ids=HEAD_FIRST)
+def test_a_search_for_the_head_alone_copies_the_head_and_not_the_body(make, small_chunks):
+    """One copy of what is trained."""
+    params = large()
+    groups = [{"params": params[:1]}, {"params": params[1:], "head": True}]
+    optimizer = make(groups, head_first=3)
+    step_of(optimizer, params)[0]()  # makes the state
+    size = sum(p.numel() for p in params[1:])
+    for searches in (2, 3):
+        take, _ = step_of(optimizer, params)
+        kept = [p.grad for p in params]  # else what is dropped would make room for a copy
+        assert size <= peak(take) < 1.5 * size
+        assert [p.grad is None for p in params] == [True, False, False]
+        assert optimizer.counters.searches == searches
+        del kept
+    assert not optimizer.head_alone
 
 
 @pytest.mark.parametrize("clipped", [True, False])

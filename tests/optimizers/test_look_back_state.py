@@ -67,6 +67,39 @@ def test_a_skipped_step_is_no_step(cls, readable, period, monkeypatch):
 
 
 @both_kinds
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("period", [1, 2])
+def test_the_factor_is_that_of_the_last_step_that_was_taken(cls, readable, period, monkeypatch):
+    """In a tail over the whole run, in which a skipped step has a factor of its own."""
+    if not readable:
+        monkeypatch.setattr(base, "_HOST_DEVICES", ())
+    factors = []
+
+    class Noting(LookBack):
+        def search(self, state, line):
+            factors.append(line.last_factor)
+            return super().search(state, line)
+
+    params = parameters()
+    pattern = "..x..xx..x."
+    own = type("Own", (cls.__base__,), {"rule_type": Noting})
+    optimizer = own(params, period=period, cool_down=1.0, total_steps=len(pattern))
+    last, expected = 1.0, []
+    for step, (kind, batch) in enumerate(zip(pattern, batches(len(pattern)), strict=True)):
+        if kind == "x":
+            closure, loss = spoil(params, "nan gradient")
+            optimizer.step(closure, loss=loss)
+            continue
+        searches = optimizer.counters.searches
+        train(optimizer, params, [batch])
+        if optimizer.counters.searches > searches:
+            expected.append(last)
+        last = optimizer.rule.factor(step, len(pattern))
+    assert factors == expected
+    assert len(set(factors)) > 3
+
+
+@both_kinds
 def test_a_parameter_that_joins_has_no_step_yet(cls):
     early, late = point(1.0, -2.0), point(0.5)
     optimizer = make(cls, [early])

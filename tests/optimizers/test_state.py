@@ -137,6 +137,44 @@ def test_checkpoints_of_other_directions_are_refused(case, steps):
                 case.make(params).load_state_dict(rival.state_dict())
 
 
+def twin_of(case):
+    """The class with another rule, whose state has the same names."""
+    rule = type(f"Twin{case.rule.__name__}", (case.rule,), {})
+    return type(f"Twin{case.cls.__name__}", (case.cls,), {"rule_type": rule})
+
+
+@every_optimizer
+@pytest.mark.parametrize("steps", [0, 2])
+def test_checkpoints_of_rules_with_the_same_names_are_refused(case, steps):
+    params = parameters()
+    ours, theirs = case.make(params), twin_of(case)(params, **case.settings)
+    for one, other in ((ours, theirs), (theirs, ours)):
+        train(other, params, batches(steps))
+        untouched = snapshot(one)
+        message = (
+            f"written with the rule {other.rule_type.__name__}, but the rule of "
+            f"{type(one).__name__} is {one.rule_type.__name__}. Resume with"
+        )
+        with pytest.raises(ValueError, match=message):
+            one.load_state_dict(other.state_dict())
+        assert same(one.state_dict(), untouched)
+
+
+@every_optimizer
+@silent
+def test_a_checkpoint_that_does_not_name_its_rule_loads(case):
+    """As those of before did not."""
+    params = parameters()
+    optimizer = case.make(params)
+    train(optimizer, params, batches(3))
+    stored = snapshot(optimizer)
+    for group in stored["param_groups"]:
+        assert group.pop("rule") == case.rule.__name__
+    other = case.make(params)
+    other.load_state_dict(stored)
+    assert same(other.state_dict(), optimizer.state_dict())
+
+
 # What the parameter groups of a checkpoint held before rules had states of their own.
 FORMER = {
     "h": 0.0,
