@@ -46,15 +46,22 @@ def refuse_learning_rate(optimizer: Any, positional: Any, keywords: dict[str, An
 
 
 def refuse_names(optimizer: type[Any], settings: dict[str, Any]) -> None:
-    """Raise a `TypeError` for settings that are unknown, or named as a state of the optimizer is.
+    """Raise a `TypeError` for settings that are unknown, and where one name has two meanings.
 
     Args:
         optimizer: A class of line-search optimizers.
         settings: What it was given by name.
     """
     of_rule = names_of(optimizer.rule_type)
-    of_state = {*names_of(optimizer.rule_type.state_type), *names_of(RunState), RULE}
-    if clash := sorted(of_state & {*of_rule, *optimizer.options}):
+    of_rule_state = set(names_of(optimizer.rule_type.state_type))
+    of_optimizer = {*names_of(RunState), RULE, "lr", "params", "head", "step_size_factor"}
+    if clash := sorted(of_rule_state & of_optimizer):
+        raise TypeError(
+            f"{clash[0]!r} is a name of the state of {optimizer.rule_type.__name__} and one of "
+            f"{optimizer.__name__}'s own; both are kept in one dictionary. Give the rule's another "
+            "name."
+        )
+    if clash := sorted((of_rule_state | of_optimizer) & {*of_rule, *optimizer.options}):
         raise TypeError(
             f"{clash[0]!r} is a setting and a name of the state of {optimizer.__name__}; both are "
             "kept in one dictionary. Give the state another name."

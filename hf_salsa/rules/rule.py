@@ -58,7 +58,8 @@ class RuleState:
     """What every rule hands from one step to the next; a rule's own state adds its scalars.
 
     All fields are bools, ints or floats: they are kept in the optimizer's `param_groups`, where
-    checkpoints find them. Their names must not be those of a setting.
+    checkpoints find them. Their names must not be those of a setting, nor of what the optimizer
+    itself keeps there (`steps`, `trials`, ...): that is a `TypeError`.
 
     `units` says for each field that depends on the scale of the loss, in which powers of loss and
     step size it is measured: (1, -1) for a slope. `rescaled` needs that; a field without an entry

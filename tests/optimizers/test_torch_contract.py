@@ -388,3 +388,15 @@ def test_a_state_with_the_name_of_a_setting_is_refused(case):
             own(parameters())
         del own, rule, state
         gc.collect()  # else checkpoints may be taken for those of this class
+
+
+@every_optimizer
+@pytest.mark.parametrize("name", ["steps", "trials", "rule", "lr", "head"])
+def test_a_state_with_a_name_of_the_optimizers_own_is_refused(case, name):
+    state = type("Clash", (case.rule.state_type,), {"__annotations__": {name: float}, name: 0.0})
+    rule = type("Rule", (case.rule,), {"state_type": dataclass(frozen=True)(state)})
+    own = type("Own", (case.cls,), {"rule_type": rule})
+    with pytest.raises(TypeError, match=f"'{name}' is a name of the state of Rule and one of Own"):
+        own(parameters())
+    del own, rule, state
+    gc.collect()  # else checkpoints may be taken for those of this class
