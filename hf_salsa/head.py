@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # of several dimensions, too
 # Parts that wrappers put into the names of parameters.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -103,7 +104,7 @@ def _is_new_copy(wrapper: Any, spread: float | None) -> bool:
 
 def _maps(module: nn.Module) -> bool:
     """Return whether a module is a layer that maps its input, as linear ones and convolutions."""
-    return not isinstance(module, _LOOK_UPS) and any(p.dim() > 1 for p in _own(module))
+    return not isinstance(module, _LOOK_UPS + _NORMS) and any(p.dim() > 1 for p in _own(module))
 
 
 def _own(module: nn.Module) -> list[Tensor]:

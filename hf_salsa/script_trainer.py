@@ -51,7 +51,8 @@ class ScriptTrainerMixin(_Base):
     @property
     def schedules_itself(self) -> bool:
         """Whether the script's trainer has a `create_scheduler` of its own."""
-        own = super().create_scheduler.__func__  # type: ignore[attr-defined]
+        # What has no function behind it, as a static method, is not Trainer's either.
+        own = getattr(super().create_scheduler, "__func__", None)
         return own is not Trainer.create_scheduler
 
     @property

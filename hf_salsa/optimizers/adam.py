@@ -269,7 +269,7 @@ class SaLSaAdamPlus(LineSearchAdam):
                  (B / |D|)^(steps since the last search / 10), at most by half
         grow:    else by (B / |D|)^(steps since the last search / 60), at most twofold within
                  `steps_to_double` steps, while -<g, u> is above 0 in most searches and the loss
-                 below that of the start
+                 below that of the start; runs of less than 500 steps have their share of the 60
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 

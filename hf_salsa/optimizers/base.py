@@ -358,7 +358,7 @@ class LineSearchOptimizer(Direction, Evaluating):
                 state,
                 loss=value,
                 epsilon=epsilon,
-                last_factor=self._factor(run, skipped=run.consecutive_skips),
+                last_factor=self._last_factor(run),
                 step=run.steps - run.run_start,
                 total_steps=run.run_steps,
             )
@@ -527,7 +527,11 @@ class LineSearchOptimizer(Direction, Evaluating):
             return 0.0  # only the moments move
         return float(state.step_size * self._factor(run))
 
-    def _factor(self, run: RunState, skipped: int = 0) -> float:
-        """Return the factor of the tail in the latest step, or in the one before those skipped."""
-        step = run.steps - 1 - skipped - run.run_start
-        return self.rule.factor(max(0, step), run.run_steps)
+    def _factor(self, run: RunState) -> float:
+        """Return the factor of the tail in the latest step."""
+        return self.rule.factor(max(0, run.steps - 1 - run.run_start), run.run_steps)
+
+    def _last_factor(self, run: RunState) -> float:
+        """Return the factor of the tail in the latest step that was taken, 0 without one."""
+        step = run.steps - 1 - run.consecutive_skips - run.run_start
+        return self.rule.factor(step, run.run_steps) if step >= 0 else 0.0

@@ -4,7 +4,8 @@ Each is an Armijo line search (Eq. 1) along the signs of the head's gradient, wh
 optimizer: w - eta sign(g), Adam's first step, which keeps no state. Along the gradient itself a
 classifier learns its bias and little else, and the body is ruined as without the phase. A head of
 many features fits any mini-batch: where the loss of a new one is above the mean of those before,
-the search begins at half the step size.
+the step size is halved before the search. (Where the loss is a sum, a mean over updates of fewer
+micro-batches is too low. The phase is so short that nothing is carried over.)
 Nothing of the optimizer moves meanwhile, neither moments nor its own step size, of head and body
 alike: it starts after the phase. The body's gradients are dropped, so that it has no part in
 clipping, in norm and finiteness, and in the step. A learning-rate schedule, which only stock
@@ -123,9 +124,11 @@ def train_head(
         What the search found, and where the phase stands now.
     """
     known, value = run.head_step_size, float(loss)
-    mean = run.head_losses / run.head_steps if run.head_steps else value
-    if value > mean:
-        known /= 2
+    if math.isfinite(value):
+        if value * run.head_losses_seen > run.head_losses:
+            known /= 2
+        losses, seen = run.head_losses + value, run.head_losses_seen + 1
+        run = replace(run, head_losses=losses, head_losses_seen=seen)
     state = SaLSaState(known or HEAD_RULE.initial_step_size, searches=int(known > 0))
     with TrialPoints(chunks, _signs) as points:
         line = evaluate.line(
@@ -140,7 +143,6 @@ def train_head(
         head_steps=run.head_steps + 1,
         head_failures=run.head_failures + (not record.accepted),
         head_step_size=applied or run.head_step_size,
-        head_losses=run.head_losses + (value if math.isfinite(value) else mean),
         head_applied=applied,
     )
     return record, run

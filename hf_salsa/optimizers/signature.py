@@ -62,9 +62,10 @@ def refuse_names(optimizer: type[Any], settings: dict[str, Any]) -> None:
             "name."
         )
     if clash := sorted((of_rule_state | of_optimizer) & {*of_rule, *optimizer.options}):
+        to_rename = "state" if clash[0] in of_rule_state else "setting"
         raise TypeError(
             f"{clash[0]!r} is a setting and a name of the state of {optimizer.__name__}; both are "
-            "kept in one dictionary. Give the state another name."
+            f"kept in one dictionary. Give the {to_rename} another name."
         )
     unknown = sorted(settings.keys() - optimizer.options.keys() - set(of_rule))
     if unknown:

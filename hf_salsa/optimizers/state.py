@@ -37,7 +37,8 @@ class RunState:
         head_steps: Steps that trained the new head alone.
         head_failures: How many of them found no step size.
         head_step_size: The step size of the latest of them that found one.
-        head_losses: Sum of the losses f_k(w_k) at which they began.
+        head_losses: Sum of the losses f_k(w_k) at which they began, of those that are finite.
+        head_losses_seen: How many these are.
         head_applied: The step size of the latest step, if it was one of them, else 0.
     """
 
@@ -54,6 +55,7 @@ class RunState:
     head_failures: int = 0
     head_step_size: float = 0.0
     head_losses: float = 0.0
+    head_losses_seen: int = 0
     head_applied: float = 0.0
 
 
@@ -69,6 +71,7 @@ LATER_NAMES = {
     "head_failures": RunState.head_failures,
     "head_step_size": RunState.head_step_size,
     "head_losses": RunState.head_losses,
+    "head_losses_seen": RunState.head_losses_seen,
     "head_applied": RunState.head_applied,
 }
 

@@ -144,7 +144,7 @@ class Plus(StepSizeRule[PlusState]):
             failed = replace(state.failed(), search_interval=self._interval(state, line))
             return SearchRecord.of(line, failed, outcome="unresolved"), failed
         # At the start of a second run the tail of the first one is not known any more.
-        shown = line.step > 0 and bound * line.last_factor**2 >= precise
+        shown = line.last_factor > 0 and bound * line.last_factor**2 >= precise
         loss_before, slope_before = line.look_back() if shown else (math.nan, 0.0)
         stood_still = slope_before == 0 and loss_before == line.loss
         if not shown or stood_still:  # nothing to learn from: the next search may tell
@@ -254,8 +254,8 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
-            f"{double} as long as new mini-batches want more of its steps, and is kept where a "
-            "step changes the loss of the next mini-batch by at most "
+            f"{double} where its steps change little and new mini-batches want more of them, and "
+            "is kept where a step changes the loss of the next mini-batch by at most "
             f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

@@ -37,7 +37,8 @@ class Line:
         agreement: <g_k, p_k>, where -p_k is what earlier gradients put into the step: above 0 where
             the loss of this mini-batch still falls along them. 0 unless the rule has
             `wants_agreement` and wants the slope.
-        last_factor: The factor of the tail (`StepSizeRule.factor`) in the last step taken.
+        last_factor: The factor of the tail (`StepSizeRule.factor`) in the last step taken; 0 where
+            it is not known, since the run has not taken one.
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
     """

@@ -99,7 +99,7 @@ def _label(name: str) -> str:
 
 _OF_PLUS = {
     "plus_no_head_first": _without("without head first", head_first=0),
-    "plus_no_trust": _without("without the trust region", trust=1e9),
+    "plus_no_trust": _without("without bounds of the change", trust=1e9),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_no_tail": _without("without the tail", cool_down=0.0),
 }

@@ -72,7 +72,7 @@ def assert_trained_alike(result, expected):
 
 def test_two_processes_train_the_head_as_one_does(one, two):
     names = [*OPTIMIZERS, *OPTIMIZERS, "adamw_torch"]
-    for number, (optim, result) in enumerate(zip(names, two[0], strict=False)):
+    for number, (optim, result) in enumerate(zip(names, two[0][: len(names)], strict=True)):
         assert result["sharded"] == (number >= len(OPTIMIZERS))
         assert_trained_alike(result, one[optim, False])
 

@@ -184,7 +184,11 @@ def test_half_of_a_plain_module_is_no_head():
 
 
 @pytest.mark.parametrize(
-    "last", [nn.LayerNorm(16), nn.RMSNorm(16), nn.BatchNorm1d(16), nn.Embedding(4, 16)]
+    "last",
+    [
+        *(nn.LayerNorm(16), nn.LayerNorm((4, 16)), nn.RMSNorm(16), nn.BatchNorm1d(16)),
+        nn.Embedding(4, 16),
+    ],
 )
 def test_a_normalisation_or_an_embedding_alone_is_none(last):
     assert find_head(nn.Sequential(body(), last)) == []

@@ -86,6 +86,27 @@ def test_a_head_that_fits_each_mini_batch_alone_takes_shorter_steps(kind):
     assert max(step_sizes[-10:]) < step_sizes[0] / 4
 
 
+@each_kind
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loss_that_is_not_finite_says_nothing_about_the_next(kind, loss, first):
+    class Masked(Loop):
+        masked = first
+
+        def loss(self, x, y):
+            plain = super().loss(x, y)
+            return plain + (loss if self.masked else 0)
+
+    loop = started(kind, make_loop=Masked)
+    for masked in (first, not first, False):
+        loop.masked = masked
+        loop.run(1, first=int(masked))
+    group = loop.optimizer.param_groups[0]
+    assert group["head_losses_seen"] == 2
+    finite = [x for x in loop.losses if x < torch.inf]
+    assert group["head_losses"] == pytest.approx(sum(finite))
+
+
 @each_search
 def test_the_optimizer_begins_after_the_phase(kind):
     """Its first step is that of a fresh optimizer at the weights that the phase leaves."""

@@ -70,7 +70,10 @@ def test_a_skipped_step_is_no_step(cls, readable, period, monkeypatch):
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("period", [1, 2])
 def test_the_factor_is_that_of_the_last_step_that_was_taken(cls, readable, period, monkeypatch):
-    """In a tail over the whole run, in which a skipped step has a factor of its own."""
+    """In a tail over the whole run, in which a skipped step has a factor of its own.
+
+    A second run does not know that of the first one's last step.
+    """
     if not readable:
         monkeypatch.setattr(base, "_HOST_DEVICES", ())
     factors = []
@@ -81,20 +84,23 @@ def test_the_factor_is_that_of_the_last_step_that_was_taken(cls, readable, perio
             return super().search(state, line)
 
     params = parameters()
-    pattern = "..x..xx..x."
+    patterns = ["..x..xx..x.", "x..x."]
     own = type("Own", (cls.__base__,), {"rule_type": Noting})
-    optimizer = own(params, period=period, cool_down=1.0, total_steps=len(pattern))
-    last, expected = 1.0, []
-    for step, (kind, batch) in enumerate(zip(pattern, batches(len(pattern)), strict=True)):
-        if kind == "x":
-            closure, loss = spoil(params, "nan gradient")
-            optimizer.step(closure, loss=loss)
-            continue
-        searches = optimizer.counters.searches
-        train(optimizer, params, [batch])
-        if optimizer.counters.searches > searches:
-            expected.append(last)
-        last = optimizer.rule.factor(step, len(pattern))
+    optimizer = own(params, period=period, cool_down=1.0)
+    expected = []
+    for pattern in patterns:
+        optimizer.plan(len(pattern))
+        last = 0.0
+        for step, (kind, batch) in enumerate(zip(pattern, batches(len(pattern)), strict=True)):
+            if kind == "x":
+                closure, loss = spoil(params, "nan gradient")
+                optimizer.step(closure, loss=loss)
+                continue
+            searches = optimizer.counters.searches
+            train(optimizer, params, [batch])
+            if optimizer.counters.searches > searches:
+                expected.append(last)
+            last = optimizer.rule.factor(step, len(pattern))
     assert factors == expected
     assert len(set(factors)) > 3
 
