@@ -96,7 +96,7 @@ def test_the_first_updates_move_the_head_alone(arguments, bert, sentences, optim
     optimizer = optimizer_of(trainer)
     assert optimizer.param_groups[0]["head_steps"] == 3
     sizes = logged(trainer)
-    assert all(size > 0.1 for size in sizes[:3])  # the head's
+    assert all(size > 0.01 for size in sizes[:3])  # the head's, far above what a body stands
     if optim in STOCK:
         assert sizes[3:5] == pytest.approx([5e-5 * 37 / 40, 5e-5 * 36 / 40])  # the schedule's
         assert trainer.line_search is None
