@@ -308,7 +308,7 @@ def _train(case: Any, make: Any, step: Any, step_sizes: Any = None) -> Run:
         optimizer.zero_grad()
     if objective is not None:
         trials = optimizer.counters.trials
-        assert trials > STEPS + 1 or step is not _search  # searches had to go back
+        assert trials > STEPS or step is not _search  # searches evaluated it
         assert run.passes >= accumulation * (3 * STEPS + trials)  # with those of `step`
         assert optimizer.counters.failed_searches == 0
     # The weights of before are there for searches only.

@@ -45,6 +45,7 @@ class LineSearchAdam(LineSearchOptimizer):
         "head_first": 0,
     }
     base_name: ClassVar[str] = "Adam"
+    usual_step_size: ClassVar[float] = 1e-3  # Adam's default since its paper, and torch's
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return step 0 and moments of 0, in float32 or wider."""
@@ -263,7 +264,9 @@ class SaLSaAdamPlus(LineSearchAdam):
 
         head:    the first `head_first` updates train a new head alone, by a line search of its own
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
-                 0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps)
+                 0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps);
+                 where the weights were never trained eta rises instead, within the first 5 % of
+                 the run, to 1e-3, Adam's default since its paper
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
         shrink:  where |D| > B = `trust` * (mean loss of the first ten searches), by
                  (B / |D|)^(steps since the last search / 10), at most by half
@@ -283,6 +286,8 @@ class SaLSaAdamPlus(LineSearchAdam):
     Args:
         params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
+            Without effect where the weights were never trained: where most biases and
+            normalisations are 0 or 1.
         trust: B as a share of the loss at the start, above 0.
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.

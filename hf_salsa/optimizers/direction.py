@@ -15,11 +15,14 @@ class Direction:
         options: Name -> default of the settings of the direction.
         base_name: Whose steps these are, for readers.
         degree: The direction of a times the loss is a^degree times that of the loss.
+        usual_step_size: What people use for weights that were never trained; 0 where no number
+            is usual.
     """
 
     options: ClassVar[dict[str, Any]] = {}
     base_name: ClassVar[str]
     degree: ClassVar[int] = 0
+    usual_step_size: ClassVar[float] = 0.0
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step, of fixed names and shapes."""

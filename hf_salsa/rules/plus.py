@@ -24,6 +24,8 @@ _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
 _HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 500  # steps; a shorter run has a share of the 9 and of the 60
+_WARM_UP = 0.05  # of the run, where the weights were never trained
+_UNKNOWN_WARM_UP = 50  # steps of it, in a run without a known end
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class PlusState(RuleState):
         agreement: Smoothed sign of -<g, u>.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
+        usual_step_size: That of `Line`, if the weights were never trained before, else 0.
+        warming_up: Whether the step size still rises to it.
     """
 
     units: ClassVar[dict[str, tuple[int, int]]] = RuleState.units | {
@@ -46,9 +50,10 @@ class PlusState(RuleState):
         "first_squares": (2, 0),
         "loss": (1, 0),
         "change": (1, 0),
+        "usual_step_size": (0, 1),
     }
 
-    rule_version: int = 4
+    rule_version: int = 5
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
@@ -56,6 +61,8 @@ class PlusState(RuleState):
     agreement: float = 0.0
     samples: int = 0
     started_at: int = 0
+    usual_step_size: float = 0.0
+    warming_up: bool = False
 
     @classmethod
     def is_former(cls, saved: Mapping[str, Any]) -> bool:
@@ -78,14 +85,19 @@ class Plus(StepSizeRule[PlusState]):
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
+        untrained   where the weights were never trained, eta rises linearly to the usual step size
+                    of the direction instead, over the first 5 % of the run (50 steps without a
+                    known end), whatever |D| is: sharpness follows the step size, so that a run
+                    that starts with short steps would be held to them
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
                     the square of that; B is `trust` times the mean loss of the first ten searches
         |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
                     the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
-                    ten, and halves while it is above that by more than two standard deviations
-                    and |D| is above B / 100: a run needs steps to come back
+                    ten (untrained: until it is below by two standard deviations), and halves while
+                    it is above that by more than two standard deviations and |D| is above B / 100:
+                    a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -109,6 +121,7 @@ class Plus(StepSizeRule[PlusState]):
 
     state_type: ClassVar[type[RuleState]] = PlusState
     looks_back: ClassVar[bool] = True
+    wants_usual_step_size: ClassVar[bool] = True
 
     first_share: float = 0.3
     trust: float = 0.006
@@ -131,7 +144,8 @@ class Plus(StepSizeRule[PlusState]):
             )
         if not state.step_size_known:
             return self._start(state, line)
-        seen = state
+        taken = state.step_size
+        state = seen = self._warmed_up(state, line)
         if state.samples + 1 < _FIRST:
             seen = replace(
                 state,
@@ -157,7 +171,7 @@ class Plus(StepSizeRule[PlusState]):
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
         change = min(change / line.last_factor**2, _SAMPLE_LIMIT * bound)
-        slope = -slope_before / line.last_factor / state.step_size  # where the step ended
+        slope = -slope_before / line.last_factor / taken  # where the step ended
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
@@ -165,7 +179,8 @@ class Plus(StepSizeRule[PlusState]):
             agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )
-        seen = self._moved(seen, line, bound)
+        if not seen.warming_up:
+            seen = self._moved(seen, line, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
         return self._record(line, searched, loss_before, slope, trials=1), searched
 
@@ -187,7 +202,10 @@ class Plus(StepSizeRule[PlusState]):
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
             )
-        if line.last_factor < 1 or state.agreement <= 0 or loss > mean:
+        # From the usual step size on it is not enough that the loss has not risen: on a plateau
+        # nothing bends, and nothing would stop a step size that grows.
+        falls = loss < mean - _OUT_OF_RANGE * deviation if state.usual_step_size else loss <= mean
+        if line.last_factor < 1 or state.agreement <= 0 or not falls:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -209,25 +227,50 @@ class Plus(StepSizeRule[PlusState]):
         return mean, math.sqrt(max(0.0, state.first_squares / count - mean * mean))
 
     def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
-        """Find the first step size on one mini-batch, and nothing else of it."""
+        """Begin with a warm-up, or where this mini-batch says; learn nothing else of it."""
+        begun = {
+            "first_losses": line.loss,
+            "first_squares": line.loss * line.loss,
+            "started_at": line.step,
+        }
+        if line.usual_step_size:
+            found = state.accepted(
+                step_size=line.usual_step_size / self._warm_up_steps(line),
+                usual_step_size=line.usual_step_size,
+                warming_up=True,
+                **begun,
+            )
+            return SearchRecord.of(line, found, trial_loss=line.loss), found  # no step before
         step_size, trial_loss, trials, outcome = find_first(line, state.step_size, _C)
         if outcome == "accepted":
-            found = state.accepted(
-                step_size=self.first_share * step_size,
-                first_losses=line.loss,
-                first_squares=line.loss * line.loss,
-                started_at=line.step,
-            )
+            found = state.accepted(step_size=self.first_share * step_size, **begun)
         else:
             found = state.failed()
         record = SearchRecord.of(line, found, trial_loss=trial_loss, trials=trials, outcome=outcome)
         return record, found
 
+    def _warmed_up(self, state: PlusState, line: Line) -> PlusState:
+        """Return the state with the step size of the warm-up, if this step is part of one."""
+        if not state.warming_up:
+            return state
+        share = (self._steps(state, line) + 1) / self._warm_up_steps(line)
+        if share > 1:
+            return replace(state, warming_up=False)
+        return replace(state, step_size=share * state.usual_step_size)
+
+    @staticmethod
+    def _warm_up_steps(line: Line) -> float:
+        return max(1.0, _WARM_UP * line.total_steps) if line.total_steps else _UNKNOWN_WARM_UP
+
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""
-        steps = max(0, line.step - state.started_at)  # a second run counts its own
-        interval = 1 + int(steps / max(1.0, _DENSE * self._share(line)))
+        interval = 1 + int(self._steps(state, line) / max(1.0, _DENSE * self._share(line)))
         return min(interval, self.max_search_interval)
+
+    @staticmethod
+    def _steps(state: PlusState, line: Line) -> int:
+        """Return the steps since the start; a second run counts its own."""
+        return max(0, line.step - state.started_at)
 
     @staticmethod
     def _share(line: Line) -> float:
@@ -253,7 +296,8 @@ class Plus(StepSizeRule[PlusState]):
         return (
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
-            "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), may double within "
+            "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
+            "weights were never trained, may double within "
             f"{double} where its steps change little and new mini-batches want more of them, and "
             "is kept where a step changes the loss of the next mini-batch by at most "
             f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "

@@ -41,6 +41,9 @@ class Line:
             it is not known, since the run has not taken one.
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
+        usual_step_size: What people use along this direction for weights that were never trained.
+            0 where they were, where there is no such habit, after the first step size is found, and
+            unless the rule has `wants_usual_step_size`.
     """
 
     loss_at: Callable[[float], float]
@@ -52,6 +55,7 @@ class Line:
     last_factor: float = 1.0
     step: int = 0
     total_steps: int = 0
+    usual_step_size: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,8 @@ class StepSizeRule(ABC, Generic[State]):
     looks_back: ClassVar[bool] = False
     # Whether `Line.agreement` is used. It costs a pass over the gradients.
     wants_agreement: ClassVar[bool] = False
+    # Whether `Line.usual_step_size` is used. It costs a look at the biases and normalisations.
+    wants_usual_step_size: ClassVar[bool] = False
     # Whether gradients are clipped as Trainer does it, unless the user says otherwise.
     clips_gradients: ClassVar[bool] = True
 

@@ -26,6 +26,8 @@ from hf_salsa.rules.plus import (
     _SAMPLE_LIMIT,
     _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
+    _UNKNOWN_WARM_UP,
+    _WARM_UP,
 )
 
 SETTINGS = Plus()
@@ -131,6 +133,73 @@ def test_a_start_that_fails_leaves_everything_to_the_next(outcome, trials, line)
     assert state == NEW.failed()
     assert not state.step_size_known
     assert search(SETTINGS, state, parabola(64.0))[1].step_size_known
+
+
+# --- weights that were never trained ------------------------------------------------------------
+
+USUAL = 2.0**-10
+WARM = replace(STARTED, usual_step_size=USUAL, warming_up=True, step_size=USUAL / 8)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(0, _UNKNOWN_WARM_UP), (400, 20), (10, 1)])
+def test_untrained_weights_start_with_a_warm_up_and_try_nothing(total, steps):
+    record, state, looks = look(NEW, loss=3.0, slope=-1.0, total_steps=total, usual_step_size=USUAL)
+    assert (record.outcome, record.trials, looks) == ("accepted", 0, 0)
+    expected = {"first_losses": 3.0, "first_squares": 9.0, "started_at": 1, "searches": 1}
+    expected |= {"step_size": USUAL / steps, "usual_step_size": USUAL, "warming_up": True}
+    assert state == replace(NEW, **expected)
+
+
+@pytest.mark.parametrize("change", [0.0, BOUND / 4, 5 * BOUND, math.inf])
+@pytest.mark.parametrize("loss", [1.0, 50.0])
+def test_in_the_warm_up_the_step_size_rises_whatever_a_search_sees(change, loss):
+    state = WARM
+    for step in (1, 2, 9, 19):
+        record, state, looks = look(state, change, loss=loss, step=step, total_steps=400)
+        assert state.step_size == record.step_size == pytest.approx(USUAL * (step + 1) / 20)
+        assert (state.warming_up, looks) == (True, 1)
+    assert state.samples == 4
+    assert (state.change > 0) == (change > 0)  # what it saw counts afterwards
+
+
+def test_a_second_run_that_begins_in_the_warm_up_begins_it_anew():
+    warm = replace(WARM, started_at=3)
+    _, state, _ = look(warm, step=0, total_steps=400)
+    assert (state.step_size, state.warming_up) == (USUAL / 20, True)
+
+
+def test_the_slope_of_the_record_is_that_at_the_step_size_that_was_taken():
+    record, _, _ = look(WARM, foreseen=-3.0, step=9, total_steps=400)
+    assert record.slope == pytest.approx(3.0 / WARM.step_size)
+
+
+def test_a_loss_without_the_precision_to_judge_a_step_does_not_stop_the_warm_up():
+    record, state, looks = look(WARM, step=9, total_steps=400, resolution=1.0)
+    assert (record.outcome, looks, state.step_size) == ("unresolved", 0, USUAL / 2)
+
+
+@pytest.mark.parametrize("step", [20, 0])
+def test_after_the_warm_up_the_trust_region_decides_and_no_second_run_warms_up(step):
+    warm = seen(step_size=USUAL, usual_step_size=USUAL, warming_up=True)
+    _, over, _ = look(warm, 8 * BOUND, step=20, total_steps=400)
+    assert not over.warming_up
+    assert over.step_size < USUAL
+    _, later, _ = look(over, 8 * BOUND, step=step, total_steps=400)
+    assert later.step_size < over.step_size
+
+
+@pytest.mark.parametrize(("behind", "grows"), [(1.9, False), (2.1, True)])
+def test_on_a_plateau_a_step_size_does_not_grow_beyond_the_usual(behind, grows):
+    """Trained weights, which start with shorter steps, grow on it."""
+    loss = 1 - behind * DEVIATION
+    for usual in (0.0, USUAL):
+        state = seen(loss=loss, step_size=USUAL, usual_step_size=usual)
+        _, found, _ = look(state, 0.0, loss=loss)
+        assert (found.step_size > USUAL) == (grows or not usual)
+
+
+def test_the_warm_up_is_a_twentieth_of_the_run():
+    assert _WARM_UP * 400 == 20
 
 
 # --- what a search sees -------------------------------------------------------------------------
