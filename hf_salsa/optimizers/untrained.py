@@ -19,9 +19,10 @@ def never_trained(params: Sequence[Tensor]) -> bool:
         params: The trainable parameters, sharded or not. All processes must ask.
 
     Returns:
-        Whether more than half of the numbers in one-dimensional parameters are exactly 0 or 1.
+        Whether more than half of the numbers in one-dimensional parameters are exactly 0 or 1;
+        single numbers do not count.
     """
-    flat = [p for p in params if p.dim() == 1]
+    flat = [p for p in params if p.dim() == 1 and p.numel() > 1]
     if not flat:
         return False
     with torch.no_grad():

@@ -145,7 +145,8 @@ class Plus(StepSizeRule[PlusState]):
         if not state.step_size_known:
             return self._start(state, line)
         taken = state.step_size
-        state = seen = self._warmed_up(state, line)
+        warming_up, state = state.warming_up, self._warmed_up(state, line)
+        seen = state
         if state.samples + 1 < _FIRST:
             seen = replace(
                 state,
@@ -179,7 +180,7 @@ class Plus(StepSizeRule[PlusState]):
             agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )
-        if not seen.warming_up:
+        if not warming_up:
             seen = self._moved(seen, line, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
         return self._record(line, searched, loss_before, slope, trials=1), searched
@@ -237,7 +238,7 @@ class Plus(StepSizeRule[PlusState]):
             found = state.accepted(
                 step_size=line.usual_step_size / self._warm_up_steps(line),
                 usual_step_size=line.usual_step_size,
-                warming_up=True,
+                warming_up=self._warm_up_steps(line) > 1,
                 **begun,
             )
             return SearchRecord.of(line, found, trial_loss=line.loss), found  # no step before
@@ -253,14 +254,13 @@ class Plus(StepSizeRule[PlusState]):
         """Return the state with the step size of the warm-up, if this step is part of one."""
         if not state.warming_up:
             return state
-        share = (self._steps(state, line) + 1) / self._warm_up_steps(line)
-        if share > 1:
-            return replace(state, warming_up=False)
-        return replace(state, step_size=share * state.usual_step_size)
+        share = min(1.0, (self._steps(state, line) + 1) / self._warm_up_steps(line))
+        return replace(state, step_size=share * state.usual_step_size, warming_up=share < 1)
 
     @staticmethod
-    def _warm_up_steps(line: Line) -> float:
-        return max(1.0, _WARM_UP * line.total_steps) if line.total_steps else _UNKNOWN_WARM_UP
+    def _warm_up_steps(line: Line) -> int:
+        """Return the steps of a warm-up; the last one, or the first search after it, is full."""
+        return max(1, int(_WARM_UP * line.total_steps)) if line.total_steps else _UNKNOWN_WARM_UP
 
     def _interval(self, state: PlusState, line: Line) -> int:
         """Return the steps to the next search: early ones tell most."""

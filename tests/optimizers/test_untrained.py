@@ -56,6 +56,7 @@ def test_where_nothing_shows_the_weights_count_as_trained():
     """Random biases, and none at all, as of LoRA's factors."""
     assert not never_trained(list(nn.Linear(8, 8).parameters()))
     assert not never_trained([nn.Parameter(torch.zeros(4, 8)), nn.Parameter(torch.randn(8, 4))])
+    assert not never_trained([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(()))])
     assert not never_trained([])
 
 

@@ -141,12 +141,12 @@ USUAL = 2.0**-10
 WARM = replace(STARTED, usual_step_size=USUAL, warming_up=True, step_size=USUAL / 8)
 
 
-@pytest.mark.parametrize(("total", "steps"), [(0, _UNKNOWN_WARM_UP), (400, 20), (10, 1)])
+@pytest.mark.parametrize(("total", "steps"), [(0, _UNKNOWN_WARM_UP), (400, 20), (459, 22), (10, 1)])
 def test_untrained_weights_start_with_a_warm_up_and_try_nothing(total, steps):
     record, state, looks = look(NEW, loss=3.0, slope=-1.0, total_steps=total, usual_step_size=USUAL)
     assert (record.outcome, record.trials, looks) == ("accepted", 0, 0)
     expected = {"first_losses": 3.0, "first_squares": 9.0, "started_at": 1, "searches": 1}
-    expected |= {"step_size": USUAL / steps, "usual_step_size": USUAL, "warming_up": True}
+    expected |= {"step_size": USUAL / steps, "usual_step_size": USUAL, "warming_up": steps > 1}
     assert state == replace(NEW, **expected)
 
 
@@ -154,7 +154,7 @@ def test_untrained_weights_start_with_a_warm_up_and_try_nothing(total, steps):
 @pytest.mark.parametrize("loss", [1.0, 50.0])
 def test_in_the_warm_up_the_step_size_rises_whatever_a_search_sees(change, loss):
     state = WARM
-    for step in (1, 2, 9, 19):
+    for step in (1, 2, 9, 18):
         record, state, looks = look(state, change, loss=loss, step=step, total_steps=400)
         assert state.step_size == record.step_size == pytest.approx(USUAL * (step + 1) / 20)
         assert (state.warming_up, looks) == (True, 1)
@@ -178,12 +178,13 @@ def test_a_loss_without_the_precision_to_judge_a_step_does_not_stop_the_warm_up(
     assert (record.outcome, looks, state.step_size) == ("unresolved", 0, USUAL / 2)
 
 
-@pytest.mark.parametrize("step", [20, 0])
-def test_after_the_warm_up_the_trust_region_decides_and_no_second_run_warms_up(step):
-    warm = seen(step_size=USUAL, usual_step_size=USUAL, warming_up=True)
-    _, over, _ = look(warm, 8 * BOUND, step=20, total_steps=400)
-    assert not over.warming_up
-    assert over.step_size < USUAL
+@pytest.mark.parametrize("last", [19, 22])
+@pytest.mark.parametrize("step", [24, 0])
+def test_after_the_warm_up_the_trust_region_decides_and_no_second_run_warms_up(last, step):
+    """Its last search, or the first one after it, reaches the usual step size."""
+    warm = seen(step_size=USUAL / 2, usual_step_size=USUAL, warming_up=True)
+    _, over, _ = look(warm, 8 * BOUND, step=last, total_steps=400)
+    assert (over.step_size, over.warming_up) == (USUAL, False)
     _, later, _ = look(over, 8 * BOUND, step=step, total_steps=400)
     assert later.step_size < over.step_size
 
