@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from comparison.results import Cell, Comparison, Results
-from comparison.tables import markdown, ranks
+from comparison.tables import SMALLEST_LOSS, counted, markdown, ranks
 
-SMALLEST_LOSS = 0.02  # smaller ones count as this: the digits are learnt by then
 CLEARLY_ABOVE = 0.02  # metric by which the reference must be above chance
 AT_CHANCE = 0.1  # share of the reference's way from chance, below which a run is at chance
 
@@ -66,7 +65,7 @@ def against(comparison: Comparison, task: str, candidate: str, reference: str) -
 
 def _loss(run: Results) -> float:
     loss = run.get("final_training_loss")
-    return math.nan if loss is None else max(loss, SMALLEST_LOSS)
+    return math.nan if loss is None else counted(loss)
 
 
 def _time(finished: Sequence[tuple[Results, Results]], name: str) -> float:

@@ -29,7 +29,15 @@ from comparison.candidates import (
     trained_as,
 )
 from comparison.results import Cell, Comparison, Results
-from comparison.tables import STANDS, Beside, beside_sweep, markdown, ranks, seeds_of
+from comparison.tables import (
+    SMALLEST_LOSS,
+    STANDS,
+    Beside,
+    beside_sweep,
+    markdown,
+    ranks,
+    seeds_of,
+)
 from comparison.tasks import HELD_OUT, PRESETS
 from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
 
@@ -245,8 +253,9 @@ def summary_sentence(evidence: Evidence) -> str:
             others.append(f"{name_of(name)} on {count} of {of_tasks}")
     sentences.append(f"Others that need no tuning: {', '.join(others)}.")
     sentences.append(
-        f"To stand beside it is to end with at most {STANDS} times its training loss, and a metric "
-        "no worse than its mean by more than its standard error."
+        f"To stand beside it is to end with at most {STANDS} times its training loss (losses below "
+        f"{SMALLEST_LOSS} count as that), and a metric no worse than its mean by more than its "
+        "standard error."
     )
     chance = [cpu.title(task) for task in beside if at_chance(cpu, task, CALIBRATED)]
     if chance:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from comparison.results import METRIC_NAMES, Cell, Comparison
 
 STANDS = 1.05  # a run stands beside a sweep with at most this ratio of the final training losses
+SMALLEST_LOSS = 0.02  # in a ratio smaller ones count as this: the digits are learnt by then
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -136,7 +137,7 @@ class Beside(NamedTuple):
     """One run of a candidate beside the one whose rate was searched, on one task.
 
     Attributes:
-        ratio: Of the final training losses.
+        ratio: Of the final training losses, those below `SMALLEST_LOSS` counted as that.
         ahead: Difference of the peak metrics.
         stands: The ratio is at most `STANDS`, and the metric no worse than the other's mean by more
             than its standard error.
@@ -145,6 +146,11 @@ class Beside(NamedTuple):
     ratio: float
     ahead: float
     stands: bool
+
+
+def counted(loss: float) -> float:
+    """Return a final training loss as ratios count it; NaN stays NaN."""
+    return max(loss, SMALLEST_LOSS)
 
 
 def beside_sweep(comparison: Comparison, task: str) -> dict[str, Beside]:
@@ -156,7 +162,7 @@ def beside_sweep(comparison: Comparison, task: str) -> dict[str, Beside]:
         return {}
     found = {}
     for name in losses.keys() - {swept}:
-        ratio = losses[name].mean / losses[swept].mean
+        ratio = counted(losses[name].mean) / counted(losses[swept].mean)
         ahead = metrics[name].mean - metrics[swept].mean
         behind = ahead if comparison.lower_is_better(task) else -ahead
         stands = ratio <= STANDS and behind <= (metrics[swept].error or 0.0)
@@ -192,8 +198,8 @@ def sweep_section(comparison: Comparison) -> list[str]:
         "## Beside a sweep",
         f"One run of each candidate beside {comparison.labels[swept]}: its final training loss as "
         "a ratio / the difference of the peak metrics. **Bold**: it stands beside the sweep, with "
-        f"at most {STANDS} times its loss and a metric no worse than its mean by more than its "
-        "standard error.",
+        f"at most {STANDS} times its loss (below {SMALLEST_LOSS} both count as that) and a metric "
+        "no worse than its mean by more than its standard error.",
         markdown(["", *others.values()], rows),
     ]
 

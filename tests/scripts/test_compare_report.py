@@ -7,7 +7,7 @@ import pytest
 from comparison.candidates import CALIBRATED
 from comparison.report import write_report
 from comparison.results import Cell, Comparison
-from comparison.tables import loss_table, ranks, sweep_section
+from comparison.tables import beside_sweep, loss_table, ranks, sweep_section
 from comparison_helpers import LABELS, SMOKE, write_results
 
 
@@ -155,6 +155,17 @@ def test_what_stands_beside_a_sweep(tmp_path):
         "| Prose | 1.00 / +0.0100 | **1.05 / -0.5000** |  |",
         "| stands | 1 of 2 | 1 of 2 | 0 of 1 |",
     ]
+
+
+@pytest.mark.parametrize(("loss", "stands"), [(0.021, True), (0.0211, False), (1e-9, True)])
+def test_small_losses_count_as_the_same(tmp_path, loss, stands):
+    write_results(tmp_path, CALIBRATED, 100, folder=f"{CALIBRATED}_at_0.001", rate=1e-3)
+    write_results(tmp_path, CALIBRATED, 0, final_training_loss=0.001)
+    write_results(tmp_path, "adam", 0, final_training_loss=loss)
+    comparison = Comparison(tmp_path, {"adam": "Adam", CALIBRATED: "AdamW"}, tuple(SMOKE), {})
+    (found,) = beside_sweep(comparison, "prose").values()
+    assert found.stands == stands
+    assert found.ratio == pytest.approx(max(loss, 0.02) / 0.02)
 
 
 def test_ablations_are_a_table_of_their_own(tmp_path):
