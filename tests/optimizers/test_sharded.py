@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from hf_salsa import SaLSaAdam
 from hf_salsa.optimizers import base
+from hf_salsa.optimizers.untrained import never_trained
 
 
 @pytest.mark.slow
@@ -84,3 +85,12 @@ def test_the_norm_of_sharded_gradients_shows_what_is_not_finite(mesh, monkeypatc
     step(spoiled=False)
     assert optimizer.counters.skipped_steps == 1
     assert not same([p.full_tensor() for p in params], weights)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+def test_sharded_weights_show_whether_they_were_trained(mesh, placement):
+    def sharded(*tensors):
+        return [nn.Parameter(distribute_tensor(t, mesh, [placement])) for t in tensors]
+
+    assert never_trained(sharded(torch.ones(6), torch.zeros(4), torch.randn(4, 6)))
+    assert not never_trained(sharded(torch.randn(6), torch.zeros(4), torch.randn(4, 6)))
