@@ -215,6 +215,7 @@ class PlusReference(Reference):
         direction: str = "momentum",
         total_steps: int = 0,
         initial_step_size: float = Plus.initial_step_size,
+        usual: float = 0.0,
         **options: float,
     ) -> None:
         paper = "SaLSaAdam" if "Adam" in name else "SaLSaSGD"
@@ -223,6 +224,8 @@ class PlusReference(Reference):
         )
         self.settings = vars(Plus(**options))
         self.total_steps = total_steps
+        self.usual = usual  # step size, of weights that were never trained
+        self.warming_up = False
         self.k = 0  # steps so far
         self.started_at = 0
         self.before = [p.w.clone() for p in self.parameters]  # the last step
@@ -231,7 +234,7 @@ class PlusReference(Reference):
         self.changes: list[float] = []  # |D|
         self.signs: list[float] = []  # of -<g, u>
         # Searches in which each of them decided.
-        self.decided = dict.fromkeys(["shrunk", "out of range", "waited", "grown"], 0)
+        self.decided = dict.fromkeys(["warmed up", "shrunk", "out of range", "waited", "grown"], 0)
 
     def factor(self, k: int) -> float:
         """Of the tail."""
@@ -269,8 +272,19 @@ class PlusReference(Reference):
         self.losses.append(f0)
         self.changes.append(change)
         self.signs.append(math.copysign(foreseen != 0, -foreseen))
-        self.move(bound, mean)
+        if self.warming_up:
+            self.warm_up()
+        else:
+            self.move(bound, mean)
         self.L = self.interval()
+
+    def warm_up(self) -> None:
+        """The line through 0 that reaches the usual step size in the last step of the warm-up."""
+        last = max(1, math.floor(self.total_steps / 20)) if self.total_steps else 50
+        k = self.k - self.started_at + 1
+        self.eta = self.usual * min(k, last) / last
+        self.warming_up = k < last
+        self.decided["warmed up"] += 1
 
     def move(self, bound: float, mean: float) -> None:
         """Shrink or grow eta by the averages."""
@@ -287,7 +301,10 @@ class PlusReference(Reference):
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
         disagree = self.average(self.signs, plus._BETA_AGREEMENT) <= 0
-        if self.factor(self.k - 1) < 1 or f > mean or disagree:
+        high = f > mean
+        if self.usual:  # no lower than the first ten, or too few of them to tell
+            high = not wide or f >= mean - plus._OUT_OF_RANGE * math.sqrt(variance)
+        if self.factor(self.k - 1) < 1 or high or disagree:
             self.decided["waited"] += 1
             return
         by_change = ratio ** (self.n / (plus._STEPS_TO_COME_UP * self.share))
@@ -306,6 +323,11 @@ class PlusReference(Reference):
 
     def start(self, f0: float, loss: Loss, slope: float) -> None:
         """Up or down by a factor each, until one is accepted and its neighbour is not; bisect."""
+        if self.usual:
+            self.first_losses.append(f0)
+            self.started_at, self.searched, self.L = self.k, True, 1
+            self.warm_up()
+            return
 
         def accepts(eta: float) -> bool:
             self.trials += 1

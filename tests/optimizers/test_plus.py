@@ -21,6 +21,7 @@ from problems import (
 )
 from reference import Parameter, PlusReference
 
+from hf_salsa import SaLSaAdamPlus
 from hf_salsa.optimizers import trial_points
 from hf_salsa.rules import plus
 
@@ -62,6 +63,36 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
     if variant != "defaults":
         expected |= {"out of range"}
     assert decided >= expected
+
+
+@both_directions
+@pytest.mark.parametrize("total_steps", [0, 237])
+@silent
+def test_trajectory_of_weights_that_were_never_trained_is_the_references(direction, total_steps):
+    """Biases of 0, of which training moves every number."""
+    weights, params = initial_weights(), parameters()
+    for w in (*weights, *(p.data for p in params)):
+        if w.dim() == 1:
+            w.zero_()
+    options = {"direction": direction, "steps_to_double": 3}
+    options |= {"total_steps": total_steps} if total_steps else {"cool_down": 0.0}
+    optimizer = SaLSaAdamPlus(params, **options)
+    usual = SaLSaAdamPlus.usual_step_size
+    reference = PlusReference(
+        "SaLSaAdamPlus", [Parameter(w) for w in weights], usual=usual, **options
+    )
+    for x, y in batches(total_steps or 300):
+        y = y + 1  # a loss that falls
+        train(optimizer, params, [(x, y)])
+        reference.step(lambda w, x=x, y=y: network_loss(w, x, y))
+        assert optimizer.step_size == pytest.approx(reference.applied, rel=1e-4)
+    for param, weight in zip(params, reference.weights, strict=True):
+        torch.testing.assert_close(param.detach(), weight, rtol=0, atol=1e-3)
+    assert optimizer.counters.searches == reference.searches
+    assert optimizer.counters.trials - reference.trials == 2  # the checks of the first search
+    assert reference.decided["warmed up"] > 3
+    assert reference.decided["waited"] > 3
+    assert total_steps or reference.decided["grown"] > 3
 
 
 @of_plus
