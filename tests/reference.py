@@ -301,9 +301,7 @@ class PlusReference(Reference):
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
         disagree = self.average(self.signs, plus._BETA_AGREEMENT) <= 0
-        high = f > mean
-        if self.usual:  # no lower than the first ten, or too few of them to tell
-            high = not wide or f >= mean - plus._OUT_OF_RANGE * math.sqrt(variance)
+        high = f > mean - (plus._OUT_OF_RANGE * math.sqrt(variance) if self.usual and wide else 0)
         if self.factor(self.k - 1) < 1 or high or disagree:
             self.decided["waited"] += 1
             return

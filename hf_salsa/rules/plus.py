@@ -95,9 +95,9 @@ class Plus(StepSizeRule[PlusState]):
         agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
                     the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
-                    ten (untrained: until it is below by two standard deviations), and halves while
-                    it is above that by more than two standard deviations and |D| is above B / 100:
-                    a run needs steps to come back
+                    ten (untrained, from the tenth on: above two standard deviations below it), and
+                    halves while it is above that mean by more than two standard deviations and |D|
+                    is above B / 100: a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -205,8 +205,10 @@ class Plus(StepSizeRule[PlusState]):
             )
         # From the usual step size on it is not enough that the loss has not risen: on a plateau
         # nothing bends, and nothing would stop a step size that grows.
-        falls = loss < mean - _OUT_OF_RANGE * deviation if state.usual_step_size else loss <= mean
-        if line.last_factor < 1 or state.agreement <= 0 or not falls:
+        ahead = 0.0
+        if state.usual_step_size and math.isfinite(deviation):
+            ahead = _OUT_OF_RANGE * deviation
+        if line.last_factor < 1 or state.agreement <= 0 or loss > mean - ahead:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:

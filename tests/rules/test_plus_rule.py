@@ -199,6 +199,17 @@ def test_on_a_plateau_a_step_size_does_not_grow_beyond_the_usual(behind, grows):
         assert (found.step_size > USUAL) == (grows or not usual)
 
 
+@pytest.mark.parametrize("usual", [0.0, USUAL])
+def test_while_ten_losses_are_not_known_it_grows_as_trained_weights_do(usual):
+    """In a run of a hundred steps the tail begins before the tenth search."""
+    state = seen(step_size=USUAL, usual_step_size=usual, loss=0.99)
+    state = replace(state, samples=5, first_losses=6.0, first_squares=6 * (1 + DEVIATION**2))
+    weight = (1 - _BETA**5) / (1 - _BETA**SAMPLES)
+    state = replace(state, loss=state.loss * weight)
+    _, found, _ = look(state, 0.0, loss=0.99)
+    assert found.step_size > USUAL
+
+
 def test_the_warm_up_is_a_twentieth_of_the_run():
     assert _WARM_UP * 400 == 20
 
