@@ -160,7 +160,7 @@ CANDIDATES = {
     ),
     # What `Trainer` does if nothing is said.
     "adamw_default": Candidate(
-        "AdamW, Trainer's defaults",
+        "AdamW at 5e-5",
         {"optim": "adamw_torch_fused", "learning_rate": 5e-5, "lr_scheduler_type": "linear"},
     ),
     "adamw_folk": Candidate(
