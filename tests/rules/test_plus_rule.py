@@ -27,7 +27,6 @@ from hf_salsa.rules.plus import (
     _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
     _UNKNOWN_WARM_UP,
-    _WARM_UP,
 )
 
 SETTINGS = Plus()
@@ -208,10 +207,6 @@ def test_while_ten_losses_are_not_known_it_grows_as_trained_weights_do(usual):
     state = replace(state, loss=state.loss * weight)
     _, found, _ = look(state, 0.0, loss=0.99)
     assert found.step_size > USUAL
-
-
-def test_the_warm_up_is_a_twentieth_of_the_run():
-    assert _WARM_UP * 400 == 20
 
 
 # --- what a search sees -------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The state of a rule at another scale of the loss: the same search, at that scale (line 11)."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from lines import parabola
@@ -10,38 +10,22 @@ from hf_salsa.rules import Line, Plus, PlusState, RuleState, SaLSa, SaLSaState
 
 SEARCHED = {"step_size": 0.25, "search_interval": 3, "searches": 7, "failed_searches": 1}
 AVERAGES = {"step_size_average_fast": 0.2, "step_size_average_slow": 0.3}
+PLUS = PlusState(
+    **SEARCHED,
+    first_losses=6.0,
+    first_squares=6.5,
+    loss=0.8,
+    change=0.001,
+    agreement=-0.2,
+    samples=6,
+    started_at=2,
+    usual_step_size=0.125,
+)
 STATES = {
     "salsa": (SaLSa(), SaLSaState(**SEARCHED, h=0.02, s=0.9, **AVERAGES)),
     "salsa that must shrink": (SaLSa(c=0.9), SaLSaState(**SEARCHED, h=0.02, s=0.9, **AVERAGES)),
-    "plus": (
-        Plus(),
-        PlusState(
-            **SEARCHED,
-            first_losses=6.0,
-            first_squares=6.5,
-            loss=0.8,
-            change=0.001,
-            agreement=-0.2,
-            samples=6,
-            started_at=2,
-            usual_step_size=0.125,
-        ),
-    ),
-    "plus that warms up": (
-        Plus(),
-        PlusState(
-            **SEARCHED,
-            first_losses=6.0,
-            first_squares=6.5,
-            loss=0.8,
-            change=0.001,
-            agreement=-0.2,
-            samples=6,
-            started_at=2,
-            usual_step_size=0.125,
-            warming_up=True,
-        ),
-    ),
+    "plus": (Plus(), PLUS),
+    "plus that warms up": (Plus(), replace(PLUS, warming_up=True)),
     "plus that has not started": (Plus(), PlusState(0.25)),
     "own": (OneTrial(), RuleState(**SEARCHED)),
 }
