@@ -164,7 +164,7 @@ def write_model_card(
         metric_text=metric_text,
         plot=_PLOT if has_plot else None,
         loading=code_block(code, "python"),
-        procedure=Markdown(procedure(optimizer, model, phases.head)),
+        procedure=Markdown(procedure(optimizer, model, phases.head, _returns(state.log_history))),
         plain_optimizer=stock_name(optimizer),
         hyperparameters=_hyperparameters(state, arguments, optimizer),
         costs=costs,
@@ -269,6 +269,12 @@ def _settings(optimizer: LineSearchOptimizer) -> str:
         note = f" ({', '.join(others)} in other parameter groups)" if others else ""
         settings.append(f"{name}={first}{note}")
     return ", ".join(settings)
+
+
+def _returns(log_history: list[dict[str, Any]]) -> int:
+    """Return how often the run went back to earlier weights."""
+    logged = [entry["salsa/returns"] for entry in log_history if "salsa/returns" in entry]
+    return int(logged[-1]) if logged else 0
 
 
 def _costs(log_history: list[dict[str, Any]]) -> tuple[list[str], bool]:

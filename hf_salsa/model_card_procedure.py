@@ -13,18 +13,28 @@ from .optimizers.evaluating import Evaluating
 _HEADING = "## Training procedure\n"
 
 
-def procedure(optimizer: LineSearchOptimizer, model: nn.Module, head_updates: int) -> str:
+def procedure(
+    optimizer: LineSearchOptimizer, model: nn.Module, head_updates: int, returns: int = 0
+) -> str:
     """Return how the optimizer finds its step sizes, in a paragraph of Markdown.
 
     Args:
         optimizer: The line search.
         model: The model that was trained.
         head_updates: How many updates trained a new head alone.
+        returns: How often the run went back to earlier weights.
     """
     name = code_span(type(optimizer).__name__)
     rule = optimizer.rule.describe()
     sentence = f"{name} takes {optimizer.base_name}'s steps with a step size that {rule}."
-    return " ".join([sentence, *head_first_sentence(optimizer, model, head_updates)])
+    sentences = [sentence, *head_first_sentence(optimizer, model, head_updates)]
+    if returns:
+        times = "once" if returns == 1 else f"{returns} times"
+        sentences.append(
+            f"The loss left the range in which the run started {times}; training then went back to "
+            "the weights of the lowest averaged loss so far, at half the step size."
+        )
+    return " ".join(sentences)
 
 
 def head_first_sentence(optimizer: Evaluating, model: nn.Module, head_updates: int) -> list[str]:

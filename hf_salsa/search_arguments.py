@@ -13,6 +13,7 @@ from typing import Any
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from .optimizers import OPTIMIZERS, LineSearchOptimizer
+from .rules.plus import Plus
 from .settings import SETTINGS, SettingFields, check_setting
 
 DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
@@ -60,6 +61,13 @@ class SearchArguments(SettingFields):
             "optimizer, those of transformers too."
         },
     )
+    salsa_go_back: bool = field(
+        default=False,
+        metadata={
+            "help": "Go back to the weights of the lowest loss when a run has broken down. Keeps a "
+            "copy of weights and moments, in checkpoints too. For the plus optimizers."
+        },
+    )
     max_grad_norm: float | None = field(
         default=None,
         metadata={
@@ -84,6 +92,7 @@ class SearchArguments(SettingFields):
         else:
             self._check_line_search_arguments(name)
         self._check_head(name)
+        self._check_go_back(name)
         if name in OPTIMIZERS:
             # transformers knows its own names only; none of what it derives depends on this one.
             self.optim = OptimizerNames.ADAMW_TORCH
@@ -127,6 +136,14 @@ class SearchArguments(SettingFields):
             raise ValueError(
                 f"salsa_head={self.salsa_head!r} is not allowed where no head is trained first: "
                 f"set salsa_head_first (10 works well with optim={name!r}), or leave it out."
+            )
+
+    def _check_go_back(self, name: str) -> None:
+        able = [n for n, cls in OPTIMIZERS.items() if issubclass(cls.rule_type, Plus)]
+        if self.salsa_go_back and name not in able:
+            raise ValueError(
+                f"salsa_go_back={self.salsa_go_back!r} is not allowed with optim={name!r}, which "
+                f"knows no range of the loss. Leave it out, or choose one of {', '.join(able)}."
             )
 
     def _check_line_search_arguments(self, name: str) -> None:

@@ -37,6 +37,7 @@ from .search_arguments import (
     optimizer_arguments,
     resolved_max_grad_norm,
 )
+from .trainer_go_back import GoBackMixin, WatchRun
 from .trainer_head import HeadFirstMixin, with_head_first
 
 # The names under which Trainer takes parameters from the optimizer's arguments.
@@ -64,7 +65,7 @@ class StepSizeReadout(LRScheduler):
         return self.get_lr()
 
 
-class SaLSaTrainerMixin(HeadFirstMixin):
+class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
     """Lets any subclass of `Trainer` train with a line search.
 
     Put it first: `class SaLSaSFTTrainer(SaLSaTrainerMixin, SFTTrainer)`. `training_step` records
@@ -87,6 +88,8 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         callbacks = self.callback_handler.callbacks
         callbacks[:] = [print_by(callback) for callback in callbacks]
         self.add_callback(RunTrace())
+        self._watch = WatchRun()
+        self.add_callback(self._watch)
         if self.optimizer is not None:
             name = type(self.optimizer).__name__
             uses_line_search = isinstance(self.optimizer, LineSearchOptimizer)
@@ -183,6 +186,7 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         evaluating.plan(self.state.max_steps, done=self.state.global_step)
         if line_search is not None:
             line_search.expect(self.args.gradient_accumulation_steps * processes)
+            self._begin_watch(self.model, line_search)
 
     def training_step(
         self,
@@ -294,7 +298,8 @@ class SaLSaTrainerMixin(HeadFirstMixin):
         Args:
             logs: Name -> value. Training losses get the latest search and the totals so far
                 (`salsa/searches`, `salsa/trials`, `salsa/interval`, `salsa/decrease`,
-                `salsa/slope`); the metrics at the end of training the report of the whole run.
+                `salsa/slope`; with `salsa_go_back` `salsa/returns`); the metrics at the end of
+                training the report of the whole run.
             start_time: When training started.
         """
         if self.in_trial:
@@ -304,9 +309,9 @@ class SaLSaTrainerMixin(HeadFirstMixin):
             counters, trace = line_search.counters, self.run_trace
             logs["salsa/searches"] = counters.searches - trace.before.get("searches", 0)
             logs["salsa/trials"] = counters.trials - trace.before.get("trials", 0)
-            logs.update(trace.latest)
+            logs.update(trace.latest | self._watch.logged)
         elif line_search is not None and "train_runtime" in logs:
-            logs.update(self.run_trace.report(line_search, self.state))
+            logs.update(self.run_trace.report(line_search, self.state) | self._watch.logged)
         super().log(logs, start_time)
 
     def create_model_card(

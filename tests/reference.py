@@ -257,7 +257,8 @@ class PlusReference(Reference):
             self.start(f0, loss, self.slope())
             return
         if len(self.first_losses) < plus._FIRST:
-            self.first_losses.append(f0)
+            so_far = sum(self.first_losses) / len(self.first_losses)
+            self.first_losses.append(min(f0, plus._UNKNOWN_RANGE * so_far))
         mean = sum(self.first_losses) / len(self.first_losses)
         bound = self.settings["trust"] * mean
 
@@ -291,7 +292,8 @@ class PlusReference(Reference):
         change, f = self.average(self.changes), self.average(self.losses)
         variance = sum((x - mean) ** 2 for x in self.first_losses) / len(self.first_losses)
         wide = len(self.first_losses) == plus._FIRST
-        too_high = wide and f > mean + plus._OUT_OF_RANGE * math.sqrt(variance)
+        most = mean + plus._OUT_OF_RANGE * math.sqrt(variance)
+        too_high = f > (most if wide else plus._UNKNOWN_RANGE * mean)
         out_of_range = too_high and change > bound / plus._HARDLY
         ratio = bound / change if change > 0 else math.inf
         if change > bound or out_of_range:

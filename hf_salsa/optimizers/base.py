@@ -173,6 +173,17 @@ class LineSearchOptimizer(Direction, Evaluating):
         if changed and run.loss_factor == NOT_KNOWN:
             self._write(replace(state, search_interval=state.steps_since_search + 1), run)
 
+    def go_on_with(self, state: RuleState) -> None:
+        """Go on from weights and moments that somebody has put into place.
+
+        Args:
+            state: Of the rule, to go with them.
+        """
+        _, run = self._settled()
+        if self.rule_type.looks_back:
+            self._keep_weights()  # u = 0: no step has led here
+        self._write(state, replace(run, consecutive_skips=0))
+
     def note_skipped_step(self) -> None:
         """Count a step that somebody else skipped, as a gradient scaler does on overflow.
 
@@ -380,7 +391,7 @@ class LineSearchOptimizer(Direction, Evaluating):
             searched = replace(searched, search_interval=1)
         if searched.search_interval > 1:
             self._backups = {}  # the coming steps do not need them
-        elif self.rule_type.looks_back and known:
+        if self.rule_type.looks_back and known:
             self._keep_weights(points.kept)
         return loss, searched, replace(run, trials=run.trials + evaluate.count)
 

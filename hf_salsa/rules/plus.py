@@ -21,6 +21,7 @@ _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
+_UNKNOWN_RANGE = 3  # times their mean, as long as they are too few for a deviation
 _HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 500  # steps; a shorter run has a share of the 9 and of the 60
@@ -34,7 +35,8 @@ class PlusState(RuleState):
 
     Attributes:
         rule_version: Of this rule; a checkpoint of another one is refused.
-        first_losses: Sum of the losses of the first ten searches.
+        first_losses: Sum of the losses of the first ten searches, each at most three times the mean
+            of those before.
         first_squares: The same of their squares.
         loss: Smoothed loss.
         change: Smoothed |D|.
@@ -96,8 +98,9 @@ class Plus(StepSizeRule[PlusState]):
                     the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten (untrained, from the tenth on: above two standard deviations below it), and
-                    halves while it is above that mean by more than two standard deviations and |D|
-                    is above B / 100: a run needs steps to come back
+                    halves while it is above that mean by more than two standard deviations (before
+                    the tenth: above three times the mean) and |D| is above B / 100: a run needs
+                    steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -148,21 +151,28 @@ class Plus(StepSizeRule[PlusState]):
         warming_up, state = state.warming_up, self._warmed_up(state, line)
         seen = state
         if state.samples + 1 < _FIRST:
+            # A run that breaks down meanwhile must not be its own measure.
+            most = _UNKNOWN_RANGE * state.first_losses / (state.samples + 1)
+            loss = min(line.loss, most) if most > 0 else line.loss
             seen = replace(
                 state,
-                first_losses=state.first_losses + line.loss,
-                first_squares=state.first_squares + line.loss * line.loss,
+                first_losses=state.first_losses + loss,
+                first_squares=state.first_squares + loss * loss,
             )
-        bound = self.trust * seen.first_losses / min(state.samples + 2, _FIRST)
+        mean = seen.first_losses / min(state.samples + 2, _FIRST)
+        bound = self.trust * mean
         precise = line.resolution * _RESOLVED
-        if bound < precise:
+        hidden = bound < precise
+        # A change that at the start would have shown, a loss of thousands of times its size hides.
+        far_off = hidden and bound * line.loss > precise * mean
+        if hidden and not far_off:
             failed = replace(state.failed(), search_interval=self._interval(state, line))
             return SearchRecord.of(line, failed, outcome="unresolved"), failed
         # At the start of a second run the tail of the first one is not known any more.
-        shown = line.last_factor > 0 and bound * line.last_factor**2 >= precise
+        shown = not hidden and line.last_factor > 0 and bound * line.last_factor**2 >= precise
         loss_before, slope_before = line.look_back() if shown else (math.nan, 0.0)
         stood_still = slope_before == 0 and loss_before == line.loss
-        if not shown or stood_still:  # nothing to learn from: the next search may tell
+        if not (shown or far_off) or stood_still:  # nothing to learn from: the next search may tell
             searched = state.accepted(search_interval=self._interval(state, line))
             return self._record(line, searched, loss_before, 0.0, trials=int(shown)), searched
 
@@ -183,16 +193,14 @@ class Plus(StepSizeRule[PlusState]):
         if not warming_up:
             seen = self._moved(seen, line, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
-        return self._record(line, searched, loss_before, slope, trials=1), searched
+        return self._record(line, searched, loss_before, slope, trials=int(shown)), searched
 
     def _moved(self, state: PlusState, line: Line, bound: float) -> PlusState:
         """Return the state with the step size moved as its averages want it."""
         steps = state.steps_since_search + 1
-        weight = 1 - _BETA**state.samples
-        change, loss = state.change / weight, state.loss / weight
-        mean, deviation = self._start_of_run(state)
-        too_high = loss > mean + _OUT_OF_RANGE * deviation
-        out_of_range = too_high and change > bound / _HARDLY  # else only steps can bring it back
+        change = state.change / (1 - _BETA**state.samples)
+        # Where its steps hardly show, only more of them can bring it back.
+        out_of_range = self.out_of_range(state) and change > bound / _HARDLY
         if change > bound or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
@@ -205,10 +213,12 @@ class Plus(StepSizeRule[PlusState]):
             )
         # From the usual step size on it is not enough that the loss has not risen: on a plateau
         # nothing bends, and nothing would stop a step size that grows.
+        mean, deviation = self._start_of_run(state)
         ahead = 0.0
-        if state.usual_step_size and math.isfinite(deviation):
+        if state.usual_step_size and state.samples + 1 >= _FIRST:
             ahead = _OUT_OF_RANGE * deviation
-        if line.last_factor < 1 or state.agreement <= 0 or loss > mean - ahead:
+        risen = self.averaged_loss(state) > mean - ahead
+        if line.last_factor < 1 or state.agreement <= 0 or risen:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -218,15 +228,45 @@ class Plus(StepSizeRule[PlusState]):
         return replace(state, step_size=state.step_size * growth)
 
     @staticmethod
+    def averaged_loss(state: PlusState) -> float:
+        """Return the averaged loss of the mini-batches of the searches."""
+        return state.loss / (1 - _BETA**state.samples) if state.samples else state.first_losses
+
+    def out_of_range(self, state: PlusState) -> bool:
+        """Return whether the averaged loss is out of the range in which the run started."""
+        mean, deviation = self._start_of_run(state)
+        return self.averaged_loss(state) > mean + _OUT_OF_RANGE * deviation
+
+    @staticmethod
+    def gone_back(state: PlusState, kept: PlusState) -> PlusState:
+        """Return the state with which a run goes on from earlier weights, at half the step size.
+
+        Args:
+            state: As it is now.
+            kept: As it was with those weights.
+        """
+        step_size = min(state.step_size, kept.step_size) / 2
+        return replace(
+            kept,
+            step_size=step_size,
+            change=kept.change * (step_size / kept.step_size) ** 2,
+            search_interval=1,
+            steps_since_search=0,
+            searches=state.searches,
+            failed_searches=state.failed_searches,
+            warming_up=False,
+        )
+
+    @staticmethod
     def _start_of_run(state: PlusState) -> tuple[float, float]:
         """Return mean and standard deviation of the losses of the first searches.
 
-        Of fewer than ten the deviation says too little: it is infinite then.
+        Of fewer than ten it says too little: the range ends at three times the mean then.
         """
         count = min(state.samples + 1, _FIRST)
         mean = state.first_losses / count
         if count < _FIRST:
-            return mean, math.inf
+            return mean, (_UNKNOWN_RANGE - 1) * mean / _OUT_OF_RANGE
         return mean, math.sqrt(max(0.0, state.first_squares / count - mean * mean))
 
     def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:

@@ -102,6 +102,9 @@ _OF_PLUS = {
     "plus_no_trust": _without("without bounds of the change", trust=1e9),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_no_tail": _without("without the tail", cool_down=0.0),
+    "plus_go_back": Candidate(
+        "with going back to good weights", {"optim": PLUS, "salsa_go_back": True}
+    ),
 }
 _OF_FORMER = {
     "former_slow_growth": _former_without("without fast growth", confidence=1e9),

@@ -6,6 +6,7 @@ Usage: worker.py OUT_DIR CONFIGURATIONS (a JSON list of dictionaries)
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    TrainerCallback,
     set_seed,
 )
 
@@ -111,6 +113,19 @@ class WithFactors(SaLSaTrainer):
         return optimizer
 
 
+class Lengthen(TrainerCallback):
+    """Makes the steps after an update far too long."""
+
+    def __init__(self, trainer: SaLSaTrainer, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            of_rule, of_run = self.trainer.line_search._read()
+            longer = replace(of_rule, step_size=1e4 * of_rule.step_size)
+            self.trainer.line_search._write(longer, of_run)
+
+
 def plain_loop(configuration: dict) -> dict:
     """Train in a loop without Trainer; the loss may call DDP's wrapper or what it wraps."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -176,6 +191,8 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         trainer = WithFactors(model, args, train_dataset=data, body_factor=factor)
     else:
         trainer = SaLSaTrainer(model, args, train_dataset=data)
+    if "lengthen" in configuration:
+        trainer.add_callback(Lengthen(trainer, configuration["lengthen"]))
     all_reduces = count_all_reduces()
     trainer.train(resume_from_checkpoint=checkpoint)
     optimizer = unwrap_evaluating(trainer.optimizer)
@@ -186,6 +203,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
     return {
         "world_size": args.world_size,
         "step_sizes": [entry["learning_rate"] for entry in history],
+        "returns": history[-1].get("salsa/returns"),
         "losses": [entry["loss"] for entry in history],
         "searches": optimizer.counters.searches,
         "trials": optimizer.counters.trials,

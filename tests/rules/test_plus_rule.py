@@ -285,6 +285,20 @@ def test_what_the_precision_of_the_loss_cannot_show_is_not_looked_at():
     assert look(seen(), 1.0, resolution=0.249 * limit, last_factor=0.5)[2] == 1
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_loss_so_large_that_it_hides_all_changes_halves_the_step_size(factor):
+    """Of thousands of times the first losses: the trust region's bound is one of their size."""
+    for loss in (1e9, 1e200):
+        line = {"loss": loss, "resolution": 1e-7 * loss, "last_factor": factor}
+        record, state, looks = look(seen(), 1.0, **line)
+        assert (looks, record.trials, record.outcome) == (0, 0, "accepted")
+        assert state.step_size == seen().step_size / 2
+        assert SETTINGS.out_of_range(state)
+    # Where not even the first losses would have shown them, it is no sign of anything.
+    coarse = {"loss": 1e9, "resolution": 1e9 * 1.001 * BOUND / _RESOLVED}
+    assert look(seen(), 1.0, **coarse)[0].outcome == "unresolved"
+
+
 @pytest.mark.parametrize("samples", [0, 1, _FIRST - 2])
 def test_a_negative_loss_is_refused_in_the_beginning(samples):
     for state in (replace(STARTED, samples=samples), NEW):
@@ -377,8 +391,29 @@ def test_it_halves_while_the_loss_is_out_of_the_range_of_the_start(change):
     assert state.step_size == 0.25
     within, _, _ = look(seen(loss=0.99 * edge), 0.0, loss=0.99 * edge)
     assert within.step_size == 0.25
-    few = replace(STARTED, samples=_FIRST - 3, loss=9.0)  # what the range is, they do not say yet
-    assert look(few, BOUND, loss=9.0)[1].step_size == 0.25
+
+
+@pytest.mark.parametrize("samples", [1, 2, _FIRST - 3])
+def test_of_few_first_losses_the_range_ends_at_three_times_their_mean(samples):
+    count = samples + 1
+    sums = {"first_losses": float(count), "first_squares": float(count)}
+    edge = 3 * (count + 3) / (count + 1)  # this loss counts 3 among them, those so far 1 each
+    for loss, out in [(0.999 * edge, False), (1.001 * edge, True)]:
+        state = replace(STARTED, samples=samples, loss=(1 - _BETA**samples) * loss, **sums)
+        _, found, _ = look(state, 0.9 * BOUND, loss=loss)
+        assert SETTINGS.out_of_range(found) is out
+        assert found.step_size == (0.125 if out else 0.25)
+
+
+@pytest.mark.parametrize("samples", [0, 5, _FIRST - 2])
+def test_a_run_that_breaks_down_in_its_first_steps_is_not_its_own_measure(samples):
+    sums = {"first_losses": samples + 1.0, "first_squares": samples + 1.0}
+    _, found, _ = look(replace(STARTED, samples=samples, **sums), 0.0, loss=1e6)
+    assert found.first_losses == samples + 1 + 3.0
+    assert found.first_squares == samples + 1 + 9.0
+    nothing = {"first_losses": 0.0, "first_squares": 0.0}  # a mean of 0 is no measure
+    _, found, _ = look(replace(STARTED, samples=samples, **nothing), 0.0, loss=5.0)
+    assert found.first_losses == 5.0
 
 
 def test_out_of_range_it_does_not_halve_for_ever():

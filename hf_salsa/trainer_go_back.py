@@ -1,0 +1,80 @@
+"""What a trainer does for `salsa_go_back`: good weights are kept, in checkpoints too."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .good_weights import GoodWeights
+from .optimizers import LineSearchOptimizer
+from .search_arguments import SearchArguments
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class WatchRun(TrainerCallback):
+    """Keeps the good weights of the current run up to date.
+
+    Attributes:
+        good_weights: None before the first run, and where nobody asked for them.
+    """
+
+    good_weights: GoodWeights | None = None
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """What the log shows: how often the run went back, if it may."""
+        return {} if self.good_weights is None else {"salsa/returns": self.good_weights.returns}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what the step has found good, or go back."""
+        if self.good_weights is not None:
+            self.good_weights.update()
+
+
+class GoBackMixin(_Base):
+    """Goes back to good weights when a run has broken down, if the arguments ask for it."""
+
+    _watch: WatchRun
+    _loaded: dict[str, Any] | None = None  # from a checkpoint, for the run that begins
+
+    def _begin_watch(self, model: nn.Module, line_search: LineSearchOptimizer) -> None:
+        """Watch the run that begins, after a checkpoint was loaded."""
+        loaded, self._loaded = self._loaded, None
+        self._watch.good_weights = None
+        if isinstance(self.args, SearchArguments) and self.args.salsa_go_back:
+            self._watch.good_weights = GoodWeights(model, line_search)
+            if loaded is not None:
+                self._watch.good_weights.load_state_dict(loaded)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._watch.good_weights is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may be late
+            torch.save(self._watch.good_weights.state_dict(), self._good_weights_in(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._loaded = None
+        if checkpoint is not None and self._good_weights_in(checkpoint).is_file():
+            file = self._good_weights_in(checkpoint)
+            self._loaded = torch.load(file, map_location="cpu", weights_only=True)
+
+    def _good_weights_in(self, checkpoint: str) -> Path:
+        """Return the file of this process."""
+        index, number = self.args.process_index, self.args.world_size
+        which = f"_{index}_of_{number}" if number > 1 else ""
+        return Path(checkpoint, f"salsa_good_weights{which}.pt")
