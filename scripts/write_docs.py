@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from comparison.documents import MARKED, Evidence, drawn, written
-from comparison.plots import draw_two_runs
+from comparison.plots import draw_beside_each_other
 from support.command_line import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "docs" / "two_runs.png"
+PICTURE = ROOT / "docs" / "three_tasks.png"
 
 
 def documents() -> list[Path]:
@@ -40,7 +40,7 @@ def main() -> None:
             new = written(text, evidence)
             path.write_text(new, encoding="utf-8")
             print(f"{path.relative_to(ROOT)}: {'as it was' if new == text else 'written'}")
-        draw_two_runs(drawn(evidence), PICTURE)
+        draw_beside_each_other(drawn(evidence), PICTURE)
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

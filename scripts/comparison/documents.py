@@ -28,7 +28,8 @@ from comparison.candidates import (
     STUDIED,
     trained_as,
 )
-from comparison.results import Cell, Comparison, Results
+from comparison.plots import Column
+from comparison.results import Cell, Comparison
 from comparison.tables import (
     SMALLEST_LOSS,
     STANDS,
@@ -63,7 +64,8 @@ KINDS = {
     "a language model trained further": ("shakespeare_tuned", "lora_lm"),
 }
 PLACES = (0.01, 0.1, 0.5, 0.9, 1.0)  # of a run
-DRAWN = (("shakespeare", "from scratch"), ("sst2", "fine-tuned"))  # the picture of the README
+# The picture of the README: tasks that want rates hundreds of times apart.
+DRAWN = (("digits", "from scratch"), ("shakespeare", "from scratch"), ("sst2", "fine-tuned"))
 MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -126,10 +128,14 @@ def written(text: str, evidence: Evidence) -> str:
     return MARKED.sub(table, text)
 
 
-def drawn(evidence: Evidence) -> list[tuple[str, Results]]:
-    """Return title and results of each run in the README's picture: the first seed's."""
+def drawn(evidence: Evidence) -> list[Column]:
+    """Return the columns of the README's picture: runs of the first seed."""
+    cpu, names = evidence.cpu, (evidence.plus, CALIBRATED, DEFAULT_RATE)
     return [
-        (f"{evidence.cpu.title(task)}, {how}", evidence.cpu.of(task, evidence.plus)[0])
+        (
+            f"{cpu.title(task)}, {how}",
+            {name_of(name).strip("`"): cpu.of(task, name)[0] for name in names},
+        )
         for task, how in DRAWN
     ]
 
@@ -218,11 +224,13 @@ def summary(evidence: Evidence) -> str:
 
 
 def caption(evidence: Evidence) -> str:
-    (left, first), (right, second) = drawn(evidence)
+    cpu = evidence.cpu
+    rates = [f"{cpu.title(task)} {swept_rate(cpu, task)}" for task, _ in DRAWN]
     return (
-        f"Two runs of {name_of(evidence.plus)} with the same settings, all at their defaults: "
-        f"{left} ({first['updates']} updates), and {right} ({second['updates']} updates). The "
-        "ticks at the bottom are the updates at which it searched."
+        f"Three tasks that want rates hundreds of times apart: the best of five was "
+        f"{listed(rates)}. {name_of(evidence.plus)} ran on all of them as it is. Where it is "
+        "fine-tuned, it trains the new head alone at first. The ticks at the bottom are the "
+        "updates at which it searched."
     )
 
 

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from support.command_line import UsageError
 
 from comparison.results import METRIC_NAMES, Comparison, Results
 
@@ -159,68 +158,56 @@ def draw_run(run: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def searched(run: Results) -> list[int]:
-    """Return the updates, 1 for the first, at which a run searched.
-
-    A run that does not record them has searched where its step size moved: between two searches it
-    stays, or falls straight towards 0 at the end of the run, up to the rounding of the record.
-
-    Raises:
-        UsageError: It does not record them, and the step size did not move at each.
-    """
-    if "searched_at" in run:
-        return list(run["searched_at"])
-    step_sizes = run["step_sizes"]
-    total = len(step_sizes)
-    found = [1]
-    for update in range(2, total + 1):
-        before, now = step_sizes[update - 2 : update]
-        left = total - update + 1
-        unsearched = (before, before * left / (left + 1))
-        if not any(math.isclose(now, size, rel_tol=1.1e-4) for size in unsearched):
-            found.append(update)
-    if len(found) != run["searches"]:
-        raise UsageError(
-            f"the run of {run['candidate']} on {run['task']}, seed {run['seed']}, does not record "
-            "where it searched: delete its folder and repeat it"
-        )
-    return found
+# Title, and name -> run of each method. The first one's searches are marked.
+Column = tuple[str, Mapping[str, Results]]
 
 
-def fingerprint(runs: Sequence[tuple[str, Results]]) -> str:
+def fingerprint(columns: Sequence[Column]) -> str:
     """Return what tells a picture of these runs from one of others."""
-    data = [(title, run["losses"], run["step_sizes"], searched(run)) for title, run in runs]
+    data = [
+        (title, [(n, r["losses"], r["step_sizes"], r.get("searched_at")) for n, r in runs.items()])
+        for title, runs in columns
+    ]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def draw_two_runs(runs: Sequence[tuple[str, Results]], path: Path) -> None:
-    """Draw loss and step size of some runs side by side, to be read at the width of a phone.
+def draw_beside_each_other(columns: Sequence[Column], path: Path) -> None:
+    """Draw loss and step size of the same methods on some tasks, a column each.
 
     Args:
-        runs: Title and results of each.
+        columns: The tasks.
         path: The file, which holds the `fingerprint` of the runs as its description.
     """
+    styles = (("tab:blue", "-"), ("tab:orange", "--"), ("tab:grey", ":"))
     with plt.rc_context({"font.size": 12}):
-        figure, axes = plt.subplots(2, len(runs), sharex="col", figsize=(6.6, 5.6), squeeze=False)
-        for (title, run), (above, below) in zip(runs, axes.T, strict=True):
-            x = np.arange(1, run["updates"] + 1)
-            sizes = np.array(run["step_sizes"], dtype=float)
+        figure, axes = plt.subplots(
+            2, len(columns), sharex="col", sharey="row", figsize=(9.2, 6.2), squeeze=False
+        )
+        for (title, runs), (above, below) in zip(columns, axes.T, strict=True):
             above.set_title(title.replace(", ", ",\n"), fontsize=13)
-            above.plot(x, np.array(run["losses"], dtype=float), color="tab:blue", alpha=0.25)
-            above.plot(x, smoothed(run["losses"]), color="tab:blue", linewidth=2)
-            below.plot(x, sizes, color="tab:green", linewidth=2)
-            below.set_yscale("log")
+            for (name, run), (colour, line) in zip(runs.items(), styles, strict=True):
+                x = np.arange(1, run["updates"] + 1)
+                style = {"color": colour, "linestyle": line, "linewidth": 2, "label": name}
+                above.plot(x, smoothed(run["losses"]), **style)
+                sizes = np.array(run["step_sizes"], dtype=float)
+                sizes[sizes <= 0] = np.nan  # the ends of a schedule, on a logarithmic axis
+                below.plot(x, sizes, **style)
+            for axis in (above, below):
+                axis.set_yscale("log")
+                axis.grid(alpha=0.3)
             below.set_xlabel("update")
-            above.grid(alpha=0.3)
-            below.grid(alpha=0.3)
-        low = min(axis.get_ylim()[0] for axis in axes[1])
-        high = max(axis.get_ylim()[1] for axis in axes[1])
-        for (_, run), axis in zip(runs, axes[1], strict=True):
-            axis.set_ylim(low / 3, high)  # the same, so that step sizes can be compared
-            axis.vlines(searched(run), low / 3, low, color="black", linewidth=0.4)
+        ends = [
+            np.quantile(run["step_sizes"], 0.02) for _, runs in columns for run in runs.values()
+        ]
+        low = min(end for end in ends if end > 0)  # the last updates of a schedule are left out
+        axes[1][0].set_ylim(bottom=low / 3)
+        for (_, runs), axis in zip(columns, axes[1], strict=True):
+            marked = next(iter(runs.values()))["searched_at"]
+            axis.vlines(marked, low / 3, low, color=styles[0][0], linewidth=0.4)
         axes[0][0].set_ylabel("training loss")
         axes[1][0].set_ylabel("step size\n(ticks: searches)")
         figure.align_ylabels()
-        figure.tight_layout()
-        figure.savefig(path, dpi=160, metadata={"Description": fingerprint(runs)})
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3)
+        figure.savefig(path, dpi=160, metadata={"Description": fingerprint(columns)})
     plt.close(figure)

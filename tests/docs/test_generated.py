@@ -15,7 +15,7 @@ from comparison.documents import (
     of_plus,
     written,
 )
-from comparison.plots import draw_two_runs, fingerprint, searched
+from comparison.plots import draw_beside_each_other, fingerprint
 from comparison.tasks import PRESETS
 from PIL import Image
 from support.command_line import UsageError
@@ -150,26 +150,13 @@ def test_words_are_listed_so_that_each_can_be_told_from_the_next():
     assert listed(["a", "b, c", "d"]) == "a; b, c and d"
 
 
-def test_searches_are_told_from_cool_down():
-    """A search at updates 1, 4 and 7; from update 5 on the step size falls towards 0 at 10."""
-    found = [1e-3, 1e-3, 1e-3, 2e-3, 2e-3, 2e-3, 3e-3, 3e-3, 3e-3, 3e-3]
-    applied = [size * min(1, (10 - k) / 6) for k, size in enumerate(found)]
-    recorded = [float(f"{size:.5g}") for size in applied]
-    run = {"task": "prose", "candidate": "plus", "seed": 0, "step_sizes": recorded, "searches": 3}
-    assert searched(run) == [1, 4, 7]
-    assert searched(run | {"searched_at": [1, 2], "searches": 2}) == [1, 2]
-    # One more that did not move the step size: where, cannot be told.
-    with pytest.raises(UsageError, match="plus on prose, seed 0, .* delete its folder"):
-        searched(run | {"searches": 4})
-
-
 def test_the_picture_holds_its_fingerprint(tmp_path):
-    run = {"updates": 4, "losses": [4.0, 3.0, 2.0, 1.0], "step_sizes": [0.1, 0.1, 0.2, 0.1]}
-    run["searched_at"] = [1, 3]
-    other = run | {"losses": [4.0, 3.0, 2.0, 0.5]}
-    runs = [("one, from scratch", run), ("other, fine-tuned", other)]
-    draw_two_runs(runs, tmp_path / "two.png")
+    run = {"updates": 4, "losses": [4.0, 3.0, 2.0, 1.0], "step_sizes": [0.1, 0.1, 0.2, 0.0]}
+    stock = run | {"losses": [4.0, 3.0, 2.0, 0.5]}
+    runs = {"plus": run | {"searched_at": [1, 3]}, "AdamW": stock, "AdamW at 5e-5": run}
+    columns = [("one, from scratch", runs), ("other, fine-tuned", runs | {"AdamW": run})]
+    draw_beside_each_other(columns, tmp_path / "two.png")
     with Image.open(tmp_path / "two.png") as picture:
-        assert picture.text["Description"] == fingerprint(runs)
+        assert picture.text["Description"] == fingerprint(columns)
         assert picture.width >= 720  # sharp at the width of a phone
-    assert fingerprint(runs) != fingerprint(runs[::-1])
+    assert fingerprint(columns) != fingerprint(columns[::-1])

@@ -57,7 +57,9 @@ def test_ablations_are_the_former_rule_without_one_part(tmp_path):
         assert run.configuration["candidate"] == expected
 
 
-@pytest.mark.parametrize("name", candidates.ABLATED["salsa_adam_plus"])
+@pytest.mark.parametrize(
+    "name", sorted({*candidates.ABLATED["salsa_adam_plus"]} - {"plus_go_back"})
+)
 def test_an_ablation_is_salsa_adam_plus_with_other_settings(tmp_path, name):
     whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     run = prose_run(tmp_path, name)
@@ -68,6 +70,13 @@ def test_an_ablation_is_salsa_adam_plus_with_other_settings(tmp_path, name):
         changed = {k: v for k, v in group.items() if k != "params" and v != whole[k]}
         assert changed == candidates.CANDIDATES[name].options != {}
     assert run.configuration["candidate"] == {"rule": "SaLSaAdamPlus", **changed}
+
+
+def test_a_candidate_goes_back_to_good_weights(tmp_path):
+    run = prose_run(tmp_path, "plus_go_back")
+    args = trainer_of(run).args
+    assert (args.optim, args.salsa_go_back) == ("salsa_adam_plus", True)
+    assert run.configuration["candidate"] == {"optim": "salsa_adam_plus", "salsa_go_back": True}
 
 
 def test_the_study_is_of_the_rules_that_were_tried():
