@@ -4,8 +4,9 @@ Each parameter group holds the same scalars under fixed keys, present from the s
 and state of the rule, `RunState`, and `lr`, the step size last applied.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -93,9 +94,10 @@ class Counters:
     skipped_steps: int
 
 
-def names_of(record: type[Any]) -> list[str]:
-    """Return the names of a dataclass's fields."""
-    return [entry.name for entry in fields(record)]
+@cache  # asked for many times in each step
+def names_of(record: Hashable) -> tuple[str, ...]:
+    """Return the names of the fields of a dataclass (of the class itself)."""
+    return tuple(entry.name for entry in fields(record))  # type: ignore[arg-type]
 
 
 def read(record: type[Record], group: dict[str, Any]) -> Record:
