@@ -4,7 +4,7 @@ Each parameter group holds the same scalars under fixed keys, present from the s
 and state of the rule, `RunState`, and `lr`, the step size last applied.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, TypeVar
@@ -95,14 +95,15 @@ class Counters:
 
 
 @cache  # asked for many times in each step
-def names_of(record: Hashable) -> tuple[str, ...]:
-    """Return the names of the fields of a dataclass (of the class itself)."""
-    return tuple(entry.name for entry in fields(record))  # type: ignore[arg-type]
+def names_of(record: type[Any]) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields."""
+    return tuple(entry.name for entry in fields(record))
 
 
 def read(record: type[Record], group: dict[str, Any]) -> Record:
     """Return the dataclass `record` filled from a parameter group."""
-    return record(**{name: group[name] for name in names_of(record)})
+    names = names_of(record)  # type: ignore[arg-type]  # classes are hashable
+    return record(**{name: group[name] for name in names})
 
 
 def write(groups: list[dict[str, Any]], *records: Any, **others: Any) -> None:
