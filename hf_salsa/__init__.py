@@ -13,7 +13,6 @@ _MODULES = {
     "OPTIMIZERS": "optimizers",
     "SLSSGD": "optimizers",
     "BatchObjective": "objective",
-    "GoodWeights": "good_weights",
     "SLSAdam": "optimizers",
     "SaLSaAdam": "optimizers",
     "SaLSaAdamPlus": "optimizers",
@@ -29,7 +28,6 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:  # the same names for type checkers and IDEs
-    from .good_weights import GoodWeights as GoodWeights
     from .head import head_groups as head_groups
     from .objective import BatchObjective as BatchObjective
     from .optimizers import OPTIMIZERS as OPTIMIZERS

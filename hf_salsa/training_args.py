@@ -36,8 +36,9 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         salsa_head: The new head: names of parameters, or how they begin. Default: found by its
             weights (`hf_salsa.head.find_head`).
         salsa_go_back: Go back to the weights of the lowest averaged loss, at half the step size,
-            when the loss has left the range in which the run started (`hf_salsa.GoodWeights`).
-            For the plus optimizers; off by default, since it keeps a copy of weights and moments.
+            when the loss has left the range in which the run started
+            (`hf_salsa.good_weights.GoodWeights`). For the plus optimizers; off by default, since it
+            keeps a copy of weights and moments.
         salsa_c: c of the Armijo criterion, in (0, 1).
         salsa_beta3: Smoothing of both sides of the criterion, in [0, 1).
         salsa_steps_to_double: Updates in which the step size may double, at least 1.

@@ -11,7 +11,8 @@ from cases import of_plus
 from problems import backward, batches, clones, network_loss, parameters, same, train
 from torch import nn
 
-from hf_salsa import BatchObjective, GoodWeights, SaLSaAdam
+from hf_salsa import BatchObjective, SaLSaAdam
+from hf_salsa.good_weights import GoodWeights
 from hf_salsa.optimizers import state as states
 
 
