@@ -15,6 +15,7 @@ from transformers import (
 
 from .good_weights import GoodWeights
 from .optimizers import LineSearchOptimizer
+from .optimizers.tensors import is_sharded
 from .search_arguments import SearchArguments
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class GoBackMixin(_Base):
     """Goes back to good weights when a run has broken down, if the arguments ask for it."""
 
     _watch: WatchRun
+    model: nn.Module
     _loaded: dict[str, Any] | None = None  # from a checkpoint, for the run that begins
 
     def _begin_watch(self, model: nn.Module, line_search: LineSearchOptimizer) -> None:
@@ -62,7 +64,8 @@ class GoBackMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._watch.good_weights is not None:
+        # Of shards every process saves its own; else all keep the same.
+        if self._watch.good_weights is not None and (self._sharded or self.args.should_save):
             Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may be late
             torch.save(self._watch.good_weights.state_dict(), self._good_weights_in(output_dir))
 
@@ -73,8 +76,11 @@ class GoBackMixin(_Base):
             file = self._good_weights_in(checkpoint)
             self._loaded = torch.load(file, map_location="cpu", weights_only=True)
 
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(param) for param in self.model.parameters())
+
     def _good_weights_in(self, checkpoint: str) -> Path:
-        """Return the file of this process."""
-        index, number = self.args.process_index, self.args.world_size
-        which = f"_{index}_of_{number}" if number > 1 else ""
-        return Path(checkpoint, f"salsa_good_weights{which}.pt")
+        """Return the file that this process reads and, where it saves them, writes."""
+        number = f"_{self.args.process_index}_of_{self.args.world_size}" if self._sharded else ""
+        return Path(checkpoint, f"salsa_good_weights{number}.pt")

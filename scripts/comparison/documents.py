@@ -35,6 +35,7 @@ from comparison.tables import (
     STANDS,
     Beside,
     beside_sweep,
+    counted,
     markdown,
     ranks,
     seeds_of,
@@ -152,12 +153,25 @@ def value(cell: Cell, metric: str, *, error: bool = False) -> str:
 
 
 def pairs(
-    comparison: Comparison, task: str, names: Iterable[str], *, error: bool = False
+    comparison: Comparison,
+    task: str,
+    names: Iterable[str],
+    *,
+    error: bool = False,
+    paired: bool = False,
 ) -> dict[str, str]:
-    """Return "final training loss / peak metric" of each of the candidates that has runs."""
+    """Return "final training loss / peak metric" of each of the candidates that has runs.
+
+    Args:
+        comparison: The results.
+        task: The task.
+        names: The candidates.
+        error: With standard errors.
+        paired: Of the seeds that all of them have.
+    """
     labels = dict.fromkeys(names, "")
-    losses = comparison.cells(task, "final_training_loss", labels)
-    metrics = comparison.cells(task, "peak_metric", labels)
+    losses = comparison.cells(task, "final_training_loss", labels, paired=paired)
+    metrics = comparison.cells(task, "peak_metric", labels, paired=paired)
     metric = comparison.settings(task)["metric"]
     return {
         name: f"{value(losses[name], 'loss', error=error)} / "
@@ -454,7 +468,7 @@ def ablations(evidence: Evidence) -> str:
     tables = []
     for names in cpu.ablations:
         tasks = [task for task in cpu.tasks if sum(bool(cpu.of(task, n)) for n in names) > 1]
-        cells = {task: pairs(cpu, task, names) for task in tasks}
+        cells = {task: pairs(cpu, task, names, paired=True) for task in tasks}
         rows = [[name_of(name), *(cells[task].get(name, "") for task in tasks)] for name in names]
         tables.append(markdown(["", *(title_of(cpu, task) for task in tasks)], rows))
     return "\n\n".join(tables)
@@ -469,10 +483,10 @@ def ablations_sentences(evidence: Evidence) -> str:
         for part in parts:
             better, worse = [], []
             for task in cpu.tasks:
-                losses = cpu.cells(task, "final_training_loss", names)
+                losses = cpu.cells(task, "final_training_loss", names, paired=True)
                 if part not in losses or whole not in losses:
                     continue
-                ratio = losses[part].mean / losses[whole].mean
+                ratio = counted(losses[part].mean) / counted(losses[whole].mean)
                 if not ratio <= STANDS:  # a run that failed too
                     worse.append(cpu.title(task))
                 elif ratio < 1 / STANDS:

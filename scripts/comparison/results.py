@@ -122,9 +122,25 @@ class Comparison:
         return self.settings(task)["metric"].startswith("loss")
 
     def cells(
-        self, task: str, name: str, candidates: Mapping[str, str] | None = None
+        self,
+        task: str,
+        name: str,
+        candidates: Mapping[str, str] | None = None,
+        *,
+        paired: bool = False,
     ) -> dict[str, Cell]:
-        """Return the cell of each candidate, of `labels` by default, that has runs on a task."""
+        """Return the cell of each candidate, of `labels` by default, that has runs on a task.
+
+        Args:
+            task: The task.
+            name: Of the value.
+            candidates: As above.
+            paired: Only of the seeds that all who have runs have.
+        """
         names = self.labels if candidates is None else candidates
         runs = {candidate: self.of(task, candidate) for candidate in names}
+        if paired:
+            seeds = [{run["seed"] for run in found} for found in runs.values() if found]
+            common = set.intersection(*seeds) if seeds else set()
+            runs = {n: [run for run in found if run["seed"] in common] for n, found in runs.items()}
         return {candidate: Cell.of(found, name) for candidate, found in runs.items() if found}

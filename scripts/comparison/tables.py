@@ -210,8 +210,8 @@ def ablation_section(comparison: Comparison) -> list[str]:
     for names in comparison.ablations:
         rows = []
         for task in comparison.tasks:
-            losses = comparison.cells(task, "final_training_loss", names)
-            metrics = comparison.cells(task, "peak_metric", names)
+            losses = comparison.cells(task, "final_training_loss", names, paired=True)
+            metrics = comparison.cells(task, "peak_metric", names, paired=True)
             if len(losses) > 1:
                 cells = {n: f"{losses[n].show(4)} / {metrics[n].show(4)}" for n in losses}
                 row = [comparison.title(task), seeds_of(losses)]
@@ -220,7 +220,11 @@ def ablation_section(comparison: Comparison) -> list[str]:
             found.append(markdown(["", "seeds", *names.values()], rows))
     if not found:
         return []
-    return ["## Without one of its parts", "Final training loss / peak metric.", *found]
+    return [
+        "## Without one of its parts",
+        "Final training loss / peak metric, on the seeds that all of a row have.",
+        *found,
+    ]
 
 
 def calibration_table(comparison: Comparison) -> list[str]:
