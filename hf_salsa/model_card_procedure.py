@@ -31,8 +31,8 @@ def procedure(
     if returns:
         times = "once" if returns == 1 else f"{returns} times"
         sentences.append(
-            f"The loss left the range in which the run started {times}; training then went back to "
-            "the weights of the lowest averaged loss so far, at half the step size."
+            f"Training broke down {times}, and went back to the weights of its lowest averaged "
+            "loss so far, at half the step size."
         )
     return " ".join(sentences)
 

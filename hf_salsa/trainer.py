@@ -168,6 +168,7 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
         """Prepare for a run that starts or is resumed, after a checkpoint was loaded."""
         self._run = self.state
         line_search, optimizer = self.line_search, self.optimizer
+        self._begin_watch(self.model, line_search)
         kind = None if line_search is None else type(line_search)
         self.args.max_grad_norm = resolved_max_grad_norm(self.args.max_grad_norm, kind)
         evaluating = unwrap_evaluating(optimizer)
@@ -186,7 +187,6 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
         evaluating.plan(self.state.max_steps, done=self.state.global_step)
         if line_search is not None:
             line_search.expect(self.args.gradient_accumulation_steps * processes)
-            self._begin_watch(self.model, line_search)
 
     def training_step(
         self,

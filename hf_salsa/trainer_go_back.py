@@ -28,7 +28,7 @@ class WatchRun(TrainerCallback):
     """Keeps the good weights of the current run up to date.
 
     Attributes:
-        good_weights: None before the first run, and where nobody asked for them.
+        good_weights: None outside of a run, and where nobody asked for them.
     """
 
     good_weights: GoodWeights | None = None
@@ -45,6 +45,12 @@ class WatchRun(TrainerCallback):
         if self.good_weights is not None:
             self.good_weights.update()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of the memory."""
+        self.good_weights = None
+
 
 class GoBackMixin(_Base):
     """Goes back to good weights when a run has broken down, if the arguments ask for it."""
@@ -53,27 +59,35 @@ class GoBackMixin(_Base):
     model: nn.Module
     _loaded: dict[str, Any] | None = None  # from a checkpoint, for the run that begins
 
-    def _begin_watch(self, model: nn.Module, line_search: LineSearchOptimizer) -> None:
+    @property
+    def _goes_back(self) -> bool:
+        return isinstance(self.args, SearchArguments) and self.args.salsa_go_back
+
+    def _begin_watch(self, model: nn.Module, line_search: LineSearchOptimizer | None) -> None:
         """Watch the run that begins, after a checkpoint was loaded."""
         loaded, self._loaded = self._loaded, None
         self._watch.good_weights = None
-        if isinstance(self.args, SearchArguments) and self.args.salsa_go_back:
+        if line_search is not None and self._goes_back:
             self._watch.good_weights = GoodWeights(model, line_search)
             if loaded is not None:
                 self._watch.good_weights.load_state_dict(loaded)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        # Of shards every process saves its own; else all keep the same.
-        if self._watch.good_weights is not None and (self._sharded or self.args.should_save):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may be late
-            torch.save(self._watch.good_weights.state_dict(), self._good_weights_in(output_dir))
+        if not (self._sharded or self.args.should_save):
+            return  # of shards every process saves its own; else all keep the same
+        file = self._good_weights_in(output_dir)
+        if self._watch.good_weights is None:
+            file.unlink(missing_ok=True)  # of an earlier run in this folder
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)  # the first process may be late
+            torch.save(self._watch.good_weights.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._loaded = None
-        if checkpoint is not None and self._good_weights_in(checkpoint).is_file():
-            file = self._good_weights_in(checkpoint)
+        file = self._good_weights_in(checkpoint) if checkpoint and self._goes_back else None
+        if file is not None and file.is_file():
             self._loaded = torch.load(file, map_location="cpu", weights_only=True)
 
     @property

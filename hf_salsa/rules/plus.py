@@ -181,8 +181,9 @@ class Plus(StepSizeRule[PlusState]):
             change = math.inf
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
-        change = min(change / line.last_factor**2, _SAMPLE_LIMIT * bound)
-        slope = -slope_before / line.last_factor / taken  # where the step ended
+        factor = line.last_factor or 1.0  # 0 only where nothing was looked at
+        change = min(change / factor**2, _SAMPLE_LIMIT * bound)
+        slope = -slope_before / factor / taken  # where the step ended
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),

@@ -1,6 +1,7 @@
 """`salsa_go_back`: a run that breaks down goes back to good weights; log, card and checkpoints."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_a_broken_run_goes_back_and_says_so(arguments, sentences):
     assert max(losses(trainer)[-10:]) < 2 < max(losses(alone)[-10:])
     trainer.create_model_card()
     card = Path(trainer.args.output_dir, "README.md").read_text()
-    assert "started once; training then went back to the weights of the lowest" in card
+    assert "Training broke down once, and went back to the weights of its lowest" in card
     alone.create_model_card()
     assert "went back" not in Path(alone.args.output_dir, "README.md").read_text()
 
@@ -71,19 +72,40 @@ def test_a_resumed_run_goes_back_as_the_straight_one(arguments, sentences, stop)
 
 
 def test_a_checkpoint_without_good_weights_begins_to_keep_them(arguments, sentences):
-    saved = {"save_strategy": "steps", "save_steps": 20}
+    saved = {"save_strategy": "steps", "save_steps": 10}
     first = trained(arguments, sentences, salsa_go_back=False, **saved)
-    checkpoint = Path(first.args.output_dir, "checkpoint-20")
+    checkpoint = Path(first.args.output_dir, "checkpoint-10")
     assert not list(checkpoint.glob("salsa_good*"))
     resumed = trained(arguments, sentences, str(checkpoint), **saved)
     assert returns(resumed)[-1] == 1
 
 
 def test_a_second_run_of_a_trainer_keeps_its_own(arguments, sentences):
-    trainer = trained(arguments, sentences, max_steps=30)
-    first = trainer._watch.good_weights
+    trainer = trained(arguments, sentences)
     trainer.train()
-    assert trainer._watch.good_weights is not first
+    assert returns(trainer)[0] == 0  # of this run
+    assert trainer._watch.good_weights is None  # its memory is free
+
+
+def test_good_weights_of_an_earlier_run_in_the_folder_are_gone(arguments, sentences):
+    saved = {"save_strategy": "steps", "save_steps": 20, "max_steps": 20}
+    file = Path(trained(arguments, sentences, **saved).args.output_dir, "checkpoint-20")
+    file = file / "salsa_good_weights.pt"
+    assert file.is_file()
+    trained(arguments, sentences, salsa_go_back=False, **saved)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("broken_at", [14, 41])
+def test_an_incomplete_update_does_not_make_broken_weights_good(
+    arguments, sentences, broken_at, monkeypatch
+):
+    """The last update of an epoch has fewer micro-batches."""
+    monkeypatch.setattr(sys.modules[__name__], "BROKEN_AT", broken_at)
+    batches = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}
+    trainer = trained(arguments, sentences, max_steps=90, **batches)
+    assert 1 <= returns(trainer)[-1] <= 3
+    assert max(losses(trainer)[-10:]) < 2
 
 
 @pytest.mark.parametrize("optim", ["salsa_adam", "sls_sgd", "adamw_torch"])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,10 @@ from torch import nn
 
 from hf_salsa import BatchObjective, SaLSaAdam
 from hf_salsa.good_weights import GoodWeights
+from hf_salsa.optimizers import base
 from hf_salsa.optimizers import state as states
+from hf_salsa.rules import Plus
+from hf_salsa.rules.plus import PlusState
 
 
 class Network(nn.Module):
@@ -48,38 +52,135 @@ def go_on(network, optimizer, objective, good_weights, data):
         good_weights.update()
 
 
+def everything(network, optimizer):
+    """Moments and buffers."""
+    kept = [
+        tensor.clone()
+        for param in network.weights
+        for name, tensor in optimizer.state[param].items()
+        if name != "previous"
+    ]
+    return kept + clones(network.buffers())
+
+
+def train_noting(run, data):
+    """Train until it goes back; what was last kept, noted apart from it, and the batches left."""
+    network, optimizer, _, good_weights = run
+    noted, rest = None, iter(data)
+    number = good_weights.returns
+    for batch in rest:
+        state, before = good_weights._state, clones(network.weights)
+        go_on(*run, [batch])
+        if good_weights.returns > number:
+            return noted, list(rest)
+        if good_weights._state is not state:  # w_k, and all else as it is after the step
+            noted = before, everything(network, optimizer), good_weights._state
+    return noted, None
+
+
 @of_plus
 def test_run_whose_steps_become_far_too_long_goes_back(case, caplog):
     data = list(batches(120))
-    network, optimizer, _, good_weights = run = made(case)
-    go_on(*run, data[:60])
-    assert not good_weights.returns
+    run = network, optimizer, _, good_weights = made(case)
+    (weights, others, state), left = train_noting(run, data[:60])
+    assert left is None
     step_size = optimizer.step_size
     lengthen(optimizer, 3000)
     caplog.set_level(logging.WARNING)
-    rest = iter(data[60:])
-    for batch in rest:
-        before = good_weights.returns
-        kept, kept_state = clones(good_weights._kept), good_weights._state
-        go_on(*run, [batch])
-        if good_weights.returns > before:
-            break
-    else:
-        pytest.fail("It did not go back.")
+    later, left = train_noting(run, data[60:])
+    assert later is None
+    assert left is not None
     # Everything is as it was, w_{k-1} too: no step has led here.
-    assert same([now for now, _ in good_weights._tensors()], kept)
+    assert same(clones(network.weights), weights)
+    assert same(everything(network, optimizer), others)
     assert all(torch.equal(p, optimizer.state[p]["previous"]) for p in network.weights)
     group = optimizer.param_groups[0]
-    assert group["step_size"] <= kept_state.step_size / 2
+    assert group["step_size"] <= state.step_size / 2
     assert group["search_interval"] == 1
-    left = list(rest)
     assert group["steps"] == 120 - len(left) < 80  # time does not go back
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "Back to the weights before step" in caplog.text
+    assert "the loss has left the range" in caplog.text
     go_on(*run, left)
     assert good_weights.returns == 1
-    assert network(*data[-1]) < 1.5 * kept_state.first_losses / 10
+    assert network(*data[-1]) < 1.5 * state.first_losses / 10
     assert optimizer.step_size < 10 * step_size
+
+
+def test_the_state_after_a_return_is_that_of_then_with_half_the_step_size():
+    now = PlusState(3e-2, search_interval=9, searches=70, failed_searches=4, samples=60, loss=9.0)
+    then = PlusState(
+        2e-2, 5, 3, 40, 1, first_losses=8.0, first_squares=7.0, loss=0.5, change=0.1, samples=30,
+        agreement=0.2, started_at=4, usual_step_size=1e-3, warming_up=True,
+    )  # fmt: skip
+    after = replace(
+        then, step_size=1e-2, change=0.1 / 4, search_interval=1, steps_since_search=0, searches=70,
+        failed_searches=4, warming_up=False,
+    )  # fmt: skip
+    assert Plus.gone_back(now, then) == after
+    assert Plus.gone_back(replace(now, step_size=1e-3), then).step_size == 5e-4
+
+
+@of_plus
+def test_what_is_put_back_has_the_scale_that_the_loss_has_now(case):
+    """The loss is a sum over micro-batches, and their number has doubled since."""
+    run = network, optimizer, objective, good_weights = made(case)
+    data = list(batches(120))
+    (weights, others, _), _ = train_noting(run, data[:60])
+    step_size, lowest = good_weights._state.step_size, good_weights._state.loss
+    lengthen(optimizer, 3000)
+    for x, y in data[60:]:
+        for _ in range(2):
+            objective.record(network, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if good_weights.update():
+            break
+    assert good_weights.returns == 1
+    assert same(clones(network.weights), weights)
+    scale = 1 if case.adam else 2  # Adam's steps do not depend on it, SGD's momentum does
+    expected = [t * scale for t in others[:-3]] + others[-3:]
+    assert same(everything(network, optimizer), expected)
+    assert optimizer.param_groups[0]["loss"] == 2 * lowest
+    assert optimizer.param_groups[0]["step_size"] <= step_size / scale / 2
+    # A second return starts from what was rescaled.
+    assert same(_weights(good_weights), weights)
+    assert all(any(torch.equal(t, k) for k in good_weights._kept) for t in expected)
+
+
+@of_plus
+def test_data_that_become_harder_for_good_are_left_to_the_rule(case, caplog):
+    run = made(case)
+    go_on(*run, batches(60))
+    caplog.set_level(logging.WARNING)
+    go_on(*run, ((x, 4 * y + 12) for x, y in batches(300)))
+    assert run[3].returns == 3
+    assert "went back 3 times without a lower loss" in caplog.records[-1].getMessage()
+
+
+@of_plus
+@pytest.mark.parametrize("on_host", [True, False])
+def test_gradients_that_never_become_finite_end_the_run(case, on_host, monkeypatch):
+    if not on_host:
+        monkeypatch.setattr(base, "_HOST_DEVICES", ())
+    run = made(case)
+    go_on(*run, batches(40))
+    data = [(x, y * math.nan) for x, y in batches(100)]
+    with pytest.raises(FloatingPointError):
+        go_on(*run, data)
+    assert 1 <= run[3].returns <= 3
+
+
+@of_plus
+def test_an_optimizer_with_history_is_not_trusted_with_weights_of_then(case):
+    network, optimizer, objective, _ = made(case)
+    for x, y in batches(100):
+        objective.record(network, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not optimizer.search_due
+    late = GoodWeights(network, optimizer)
+    go_on(network, optimizer, objective, late, batches(1))
+    assert not late._kept
 
 
 @of_plus

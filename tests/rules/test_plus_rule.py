@@ -285,7 +285,7 @@ def test_what_the_precision_of_the_loss_cannot_show_is_not_looked_at():
     assert look(seen(), 1.0, resolution=0.249 * limit, last_factor=0.5)[2] == 1
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0])
 def test_a_loss_so_large_that_it_hides_all_changes_halves_the_step_size(factor):
     """Of thousands of times the first losses: the trust region's bound is one of their size."""
     for loss in (1e9, 1e200):
