@@ -75,7 +75,8 @@ def test_help_shows_the_settings_of_the_search_first(capsys, script):
     of_search, others = shown[shown.index(search) :].split("\nmodel, data and training:\n")
     flags = re.findall(r"^  --(\w+)", of_search, re.MULTILINE)
     settings = [entry.name for entry in dataclasses.fields(SettingFields)]
-    assert sorted(flags) == sorted(["optim", "optim_args", "salsa_head", *settings])
+    of_trainer = ["optim", "optim_args", "salsa_go_back", "salsa_head"]
+    assert sorted(flags) == sorted([*of_trainer, *settings])
     assert "--salsa" not in others
     assert "--output_dir" in others
     assert "(default: None)" not in shown
