@@ -89,7 +89,6 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
         callbacks[:] = [print_by(callback) for callback in callbacks]
         self.add_callback(RunTrace())
         self._watch = WatchRun()
-        self.add_callback(self._watch)
         if self.optimizer is not None:
             name = type(self.optimizer).__name__
             uses_line_search = isinstance(self.optimizer, LineSearchOptimizer)

@@ -68,6 +68,8 @@ class GoBackMixin(_Base):
         loaded, self._loaded = self._loaded, None
         self._watch.good_weights = None
         if line_search is not None and self._goes_back:
+            if self._watch not in self.callback_handler.callbacks:
+                self.add_callback(self._watch)
             self._watch.good_weights = GoodWeights(model, line_search)
             if loaded is not None:
                 self._watch.good_weights.load_state_dict(loaded)

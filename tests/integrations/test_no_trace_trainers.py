@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5
 # What a trainer of ours has besides.
-OURS = {"_objective", "_run", "_head"}
+OURS = {"_objective", "_run", "_head", "_watch", "_loaded"}
 
 
 def optimizer_of(case, model, step_sizes, replay):
