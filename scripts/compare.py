@@ -51,11 +51,10 @@ from comparison.candidates import (
     ABLATED,
     ABLATIONS,
     BY_DEFAULT,
-    CALIBRATED,
     CANDIDATES,
     CHOSEN,
-    HEAD_FIRST,
     STUDIED,
+    SWEPT,
     trained_as,
 )
 from comparison.grid import check, run_grid
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for whole, parts in ABLATED.items()
             ],
             chosen=CHOSEN,
-            references=(HEAD_FIRST, CALIBRATED),
+            references=SWEPT,
             same_runs={
                 (task_name, name): trained_as(name, task)
                 for task_name, task in PRESETS[args.preset].items()

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from support.command_line import UsageError
 
+from comparison.against import Against, against
 from comparison.candidates import (
     ABLATED,
     ABLATIONS,
     CALIBRATED,
     CANDIDATES,
     FORMER,
+    HEAD_FIRST,
     NAMES,
     PLUS,
     STUDIED,
@@ -44,9 +46,10 @@ from comparison.tasks import HELD_OUT, PRESETS
 from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
 
 SALSA = NAMES[SaLSaAdam]
-FOLK = "adamw_folk"
+FOLK = "adamw_folk"  # a column where it has runs
 DEFAULT_RATE = "adamw_default"  # AdamW as Trainer has it, a column where it has runs
-COLUMNS = (SALSA, CALIBRATED, DEFAULT_RATE, "schedule_free", "prodigy")
+SWEEP = HEAD_FIRST  # the strongest baseline; without a new head it is the plain sweep
+COLUMNS = (SALSA, SWEEP, DEFAULT_RATE, "schedule_free", "prodigy")
 PAPERS = tuple(NAMES[kind] for kind in (SaLSaAdam, SaLSaSGD, SLSAdam, SLSSGD))
 RIVALS = (CALIBRATED, "schedule_free", "prodigy", "authors")
 METRICS = {
@@ -200,9 +203,9 @@ def short(number: float, digits: int) -> str:
     return f"{number:.{digits}e}".replace("e-0", "e-")
 
 
-def swept_rate(comparison: Comparison, task: str) -> str:
+def swept_rate(comparison: Comparison, task: str, candidate: str = SWEEP) -> str:
     """Return the peak rate that the sweep has found on a task."""
-    return short(comparison.of(task, CALIBRATED)[0]["rate"], 0)
+    return short(comparison.of(task, candidate)[0]["rate"], 0)
 
 
 def of_plus(evidence: Evidence) -> dict[str, dict[str, Beside]]:
@@ -229,7 +232,7 @@ def summary(evidence: Evidence) -> str:
         for name in names:
             text = cells.get(name, "")
             stands = name in beside[task] and beside[task][name].stands
-            rate = f" ({swept_rate(cpu, task)})" if name == CALIBRATED else ""
+            rate = f" ({swept_rate(cpu, task)})" if name == SWEEP else ""
             row.append((f"**{text}**" if stands else text) + rate)
         rows.append(row)
     counts = [stand_count(beside, name) for name in names]
@@ -239,7 +242,7 @@ def summary(evidence: Evidence) -> str:
 
 def caption(evidence: Evidence) -> str:
     cpu = evidence.cpu
-    rates = [f"{cpu.title(task)} {swept_rate(cpu, task)}" for task, _ in DRAWN]
+    rates = [f"{cpu.title(task)} {swept_rate(cpu, task, CALIBRATED)}" for task, _ in DRAWN]
     return (
         f"Three tasks that want rates hundreds of times apart: the best of five was "
         f"{listed(rates)}. {name_of(evidence.plus)} ran on all of them as it is. Where it is "
@@ -279,7 +282,7 @@ def summary_sentence(evidence: Evidence) -> str:
         f"{SMALLEST_LOSS} count as that), and a metric no worse than its mean by more than its "
         "standard error."
     )
-    chance = [cpu.title(task) for task in beside if at_chance(cpu, task, CALIBRATED)]
+    chance = [cpu.title(task) for task in beside if at_chance(cpu, task, SWEEP)]
     if chance:
         sentences.append(f"On {listed(chance)} AdamW itself is near chance.")
     return " ".join(sentences)
@@ -295,18 +298,30 @@ def behind(evidence: Evidence) -> str:
     return f"- **Where AdamW at its best rate was better**: {listed([*map(cpu.title, found)])}."
 
 
-def unswept(evidence: Evidence) -> str:
-    """Return how plus ended where no sweep was made, beside the rate that people would take."""
-    cpu, swept = evidence.cpu, of_plus(evidence)
-    names = [name for name in (evidence.plus, FOLK) if name in cpu.labels]
-    rows = []
-    for task in cpu.tasks:
-        if task not in swept and cpu.of(task, evidence.plus):
-            cells = pairs(cpu, task, names)
-            rows.append([title_of(cpu, task), *(cells.get(name, "") for name in names)])
-    if not rows:
-        return "There is a sweep on every task."
-    return markdown(["", *(name_of(name) for name in names)], rows)
+def of_all(evidence: Evidence) -> dict[str, Against]:
+    """Return how plus does against the sweep, on each task and on the seeds that both have."""
+    cpu = evidence.cpu
+    found = {task: against(cpu, task, evidence.plus, SWEEP) for task in cpu.compared}
+    return {task: of_task for task, of_task in found.items() if of_task is not None}
+
+
+def against_sentence(evidence: Evidence) -> str:
+    """Return what plus comes to against the sweep over all tasks."""
+    found = of_all(evidence)
+    ratios = {task: of_task.ratio for task, of_task in found.items()}
+    worst, best = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    above = [task for task, ratio in ratios.items() if ratio > STANDS]
+    mean = statistics.geometric_mean(ratios.values())
+    title = evidence.cpu.title
+    text = (
+        f"Over all {len(found)} tasks the final training loss of {name_of(evidence.plus)} is "
+        f"{mean:.2f} times the sweep's (geometric mean over tasks and seeds), from "
+        f"{ratios[best]:.2f} ({title(best)}) to {ratios[worst]:.2f} ({title(worst)})"
+    )
+    if above and len(above) < len(found):
+        rest = statistics.geometric_mean(r for task, r in ratios.items() if task not in above)
+        text += f". Without {listed([*map(title, above)])} it is {rest:.2f}"
+    return text + "."
 
 
 def passes_per_update(comparison: Comparison, task: str, candidate: str) -> float:
@@ -349,7 +364,7 @@ def cost(evidence: Evidence) -> str:
 def kinds(evidence: Evidence) -> str:
     """Return the training loss of each method beside the sweep's, averaged by kind of task."""
     beside = of_plus(evidence)
-    names = [name for name in evidence.columns if name != CALIBRATED]
+    names = [name for name in evidence.columns if name != SWEEP]
     rows = []
     for kind, tasks in KINDS.items():
         found = [beside[task] for task in tasks if task in beside]
@@ -393,7 +408,7 @@ def with_errors(evidence: Evidence, names: Sequence[str], tasks: Sequence[str]) 
 
 
 def plus(evidence: Evidence) -> str:
-    names = dict.fromkeys([*evidence.columns, FORMER])
+    names = dict.fromkeys([*evidence.columns, CALIBRATED, FOLK, FORMER])
     return with_errors(evidence, list(names), list(of_plus(evidence)))
 
 
@@ -405,9 +420,7 @@ def paper(evidence: Evidence) -> str:
 def step_sizes(evidence: Evidence) -> str:
     """Return the step sizes at some places of a run, the medians over the seeds."""
     cpu = evidence.cpu
-    names = [
-        name for name in (evidence.plus, SALSA, NAMES[SLSAdam], CALIBRATED) if name in cpu.labels
-    ]
+    names = [name for name in (evidence.plus, SALSA, NAMES[SLSAdam], SWEEP) if name in cpu.labels]
     rows = []
     for task in of_plus(evidence):
         row = [cpu.title(task)]
@@ -431,7 +444,7 @@ def findings(evidence: Evidence) -> str:
         beside = beside_sweep(cpu, task)
         if not beside:
             continue
-        run = cpu.of(task, CALIBRATED)[0]
+        run = cpu.of(task, SWEEP)[0]
         names = [name for name in cpu.labels if name in beside]
         stands = [name_of(name) for name in names if beside[name].stands]
         stuck = [name_of(name) for name in names if at_chance(cpu, task, name)]
@@ -440,7 +453,7 @@ def findings(evidence: Evidence) -> str:
             f"{cpu.settings(task)['batch_size']}): the sweep's rate is {swept_rate(cpu, task)}. "
             f"Beside the sweep: {listed(stands) if stands else 'nobody'}."
         )
-        if at_chance(cpu, task, CALIBRATED):
+        if at_chance(cpu, task, SWEEP):
             line += " AdamW itself is at the majority class: every figure is chance."
         elif stuck:
             line += f" At chance: {listed(stuck)}."
@@ -582,7 +595,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "summary": summary,
     "summary-sentence": summary_sentence,
     "behind": behind,
-    "unswept": unswept,
+    "against-sentence": against_sentence,
     "cost-sentence": cost_sentence,
     "cost": cost,
     "kinds": kinds,
