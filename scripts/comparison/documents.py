@@ -261,9 +261,10 @@ def summary_sentence(evidence: Evidence) -> str:
     cpu, beside = evidence.cpu, of_plus(evidence)
     stands = [cpu.title(task) for task in beside if beside[task][evidence.plus].stands]
     sentences = [
-        f"With no setting changed, {name_of(evidence.plus)} stands beside the best of five "
+        against_sentence(evidence),
+        f"With no setting changed, it stands beside the best of five "
         f"learning rates on {len(stands)} of {len(beside)} tasks"
-        + (f": {listed(stands)}." if stands else ".")
+        + (f": {listed(stands)}." if stands else "."),
     ]
     if evidence.plus == FORMER:
         sentences.append(
@@ -316,12 +317,15 @@ def against_sentence(evidence: Evidence) -> str:
     text = (
         f"Over all {len(found)} tasks the final training loss of {name_of(evidence.plus)} is "
         f"{mean:.2f} times the sweep's (geometric mean over tasks and seeds), from "
-        f"{ratios[best]:.2f} ({title(best)}) to {ratios[worst]:.2f} ({title(worst)})"
+        f"{ratios[best]:.2f} ({title(best)}) to {ratios[worst]:.2f} ({title(worst)})."
     )
     if above and len(above) < len(found):
         rest = statistics.geometric_mean(r for task, r in ratios.items() if task not in above)
-        text += f". Without {listed([*map(title, above)])} it is {rest:.2f}"
-    return text + "."
+        text += (
+            f" It is above {STANDS} on {len(above)}: {listed([*map(title, above)])}. On the other "
+            f"{len(found) - len(above)} it is {rest:.2f}."
+        )
+    return text
 
 
 def passes_per_update(comparison: Comparison, task: str, candidate: str) -> float:
@@ -595,7 +599,6 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "summary": summary,
     "summary-sentence": summary_sentence,
     "behind": behind,
-    "against-sentence": against_sentence,
     "cost-sentence": cost_sentence,
     "cost": cost,
     "kinds": kinds,
