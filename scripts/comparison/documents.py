@@ -17,7 +17,7 @@ from pathlib import Path
 
 from support.command_line import UsageError
 
-from comparison.against import Against, against
+from comparison.against import against
 from comparison.candidates import (
     ABLATED,
     ABLATIONS,
@@ -262,9 +262,8 @@ def summary_sentence(evidence: Evidence) -> str:
     stands = [cpu.title(task) for task in beside if beside[task][evidence.plus].stands]
     sentences = [
         against_sentence(evidence),
-        f"With no setting changed, it stands beside the best of five "
-        f"learning rates on {len(stands)} of {len(beside)} tasks"
-        + (f": {listed(stands)}." if stands else "."),
+        "With no setting changed, it stands beside the best of five learning rates on "
+        f"{len(stands)} of {len(beside)} tasks" + (f": {listed(stands)}." if stands else "."),
     ]
     if evidence.plus == FORMER:
         sentences.append(
@@ -299,31 +298,24 @@ def behind(evidence: Evidence) -> str:
     return f"- **Where AdamW at its best rate was better**: {listed([*map(cpu.title, found)])}."
 
 
-def of_all(evidence: Evidence) -> dict[str, Against]:
-    """Return how plus does against the sweep, on each task and on the seeds that both have."""
-    cpu = evidence.cpu
-    found = {task: against(cpu, task, evidence.plus, SWEEP) for task in cpu.compared}
-    return {task: of_task for task, of_task in found.items() if of_task is not None}
-
-
 def against_sentence(evidence: Evidence) -> str:
-    """Return what plus comes to against the sweep over all tasks."""
-    found = of_all(evidence)
-    ratios = {task: of_task.ratio for task, of_task in found.items()}
+    """Return what plus comes to against the sweep, over all tasks and the seeds that both have."""
+    cpu, title = evidence.cpu, evidence.cpu.title
+    found = {task: against(cpu, task, evidence.plus, SWEEP) for task in cpu.compared}
+    ratios = {task: of_task.ratio for task, of_task in found.items() if of_task is not None}
     worst, best = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
     above = [task for task, ratio in ratios.items() if ratio > STANDS]
     mean = statistics.geometric_mean(ratios.values())
-    title = evidence.cpu.title
     text = (
-        f"Over all {len(found)} tasks the final training loss of {name_of(evidence.plus)} is "
+        f"Over all {len(ratios)} tasks the final training loss of {name_of(evidence.plus)} is "
         f"{mean:.2f} times the sweep's (geometric mean over tasks and seeds), from "
         f"{ratios[best]:.2f} ({title(best)}) to {ratios[worst]:.2f} ({title(worst)})."
     )
-    if above and len(above) < len(found):
+    if above and len(above) < len(ratios):
         rest = statistics.geometric_mean(r for task, r in ratios.items() if task not in above)
         text += (
             f" It is above {STANDS} on {len(above)}: {listed([*map(title, above)])}. On the other "
-            f"{len(found) - len(above)} it is {rest:.2f}."
+            f"{len(ratios) - len(above)} it is {rest:.2f}."
         )
     return text
 
@@ -366,22 +358,31 @@ def cost(evidence: Evidence) -> str:
 
 
 def kinds(evidence: Evidence) -> str:
-    """Return the training loss of each method beside the sweep's, averaged by kind of task."""
+    """Return the training loss of each method beside the sweep's, averaged by kind of task.
+
+    Methods are compared on the tasks that all have run on; the last column has all tasks of plus.
+    """
     beside = of_plus(evidence)
     names = [name for name in evidence.columns if name != SWEEP]
+
+    def mean(name: str, tasks: Iterable[str]) -> float:
+        ratios = [beside[task][name].ratio for task in tasks]
+        return statistics.geometric_mean(ratios) if ratios else math.nan
+
     rows = []
-    for kind, tasks in KINDS.items():
-        found = [beside[task] for task in tasks if task in beside]
-        ratios = {
-            name: statistics.geometric_mean(of_task[name].ratio for of_task in found)
-            for name in names
-            if found and all(name in t and not math.isnan(t[name].ratio) for t in found)
-        }
-        least = min(ratios.values(), default=math.nan)
-        cells = {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
-        cells |= {name: f"**{cells[name]}**" for name in ratios if ratios[name] == least}
-        rows.append([kind, *(cells.get(name, "") for name in names)])
-    return markdown(["", *(name_of(name) for name in names)], rows)
+    for kind, of_kind in KINDS.items():
+        tasks = [task for task in of_kind if task in beside]
+        common = [task for task in tasks if all(name in beside[task] for name in names)]
+        means = {name: mean(name, common) for name in names}
+        least = min((value for value in means.values() if not math.isnan(value)), default=None)
+        cells = ["" if math.isnan(value) else f"{value:.2f}" for value in means.values()]
+        cells = [
+            f"**{c}**" if v == least else c for c, v in zip(cells, means.values(), strict=True)
+        ]
+        everywhere = f"{mean(evidence.plus, tasks):.2f} ({len(tasks)})" if tasks else ""
+        rows.append([kind, str(len(common)), *cells, everywhere])
+    head = ["", "tasks", *(name_of(name) for name in names)]
+    return markdown([*head, f"{name_of(evidence.plus)}, all tasks"], rows)
 
 
 def with_errors(evidence: Evidence, names: Sequence[str], tasks: Sequence[str]) -> str:

@@ -143,6 +143,14 @@ def test_every_task_is_of_one_kind(evidence):
     assert set(of_plus(evidence)) <= set(of_kinds)
 
 
+def test_methods_are_compared_on_the_tasks_that_all_have_run_on(evidence):
+    for row in TABLES["kinds"](evidence).splitlines()[2:]:
+        kind, count, *cells, everywhere = (cell.strip() for cell in row.split("|")[1:-1])
+        assert all(cells) is (int(count) > 0), kind
+        assert any(cells) is any(cell.startswith("**") for cell in cells), kind
+        assert int(re.search(r"\((\d+)\)$", everywhere)[1]) == len(KINDS[kind])
+
+
 def test_words_are_listed_so_that_each_can_be_told_from_the_next():
     assert listed(["a"]) == "a"
     assert listed(["a", "b"]) == "a and b"
