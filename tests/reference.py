@@ -216,6 +216,7 @@ class PlusReference(Reference):
         total_steps: int = 0,
         initial_step_size: float = Plus.initial_step_size,
         usual: float = 0.0,
+        matrices: Sequence[Tensor] = (),
         **options: float,
     ) -> None:
         paper = "SaLSaAdam" if "Adam" in name else "SaLSaSGD"
@@ -224,7 +225,14 @@ class PlusReference(Reference):
         )
         self.settings = vars(Plus(**options))
         self.total_steps = total_steps
-        self.usual = usual  # step size, of weights that were never trained
+        self.untrained = usual > 0
+        self.warm_up_to = usual  # step size, of weights that were never trained
+        if matrices:  # of the body, after a head phase
+            sizes = [
+                (w.square().mean().sqrt() * (len(w) ** -0.5 + w[0].numel() ** -0.5)).item()
+                for w in matrices
+            ]
+            self.warm_up_to = plus._OF_MATRICES * math.prod(sizes) ** (1 / len(sizes))
         self.warming_up = False
         self.k = 0  # steps so far
         self.started_at = 0
@@ -232,9 +240,11 @@ class PlusReference(Reference):
         self.first_losses: list[float] = []
         self.losses: list[float] = []
         self.changes: list[float] = []  # |D|
+        self.gains: list[float] = []  # -<g, u>
         self.signs: list[float] = []  # of -<g, u>
         # Searches in which each of them decided.
-        self.decided = dict.fromkeys(["warmed up", "shrunk", "out of range", "waited", "grown"], 0)
+        names = ["warmed up", "shrunk", "out of range", "waited", "grown", "gained"]
+        self.decided = dict.fromkeys(names, 0)
 
     def factor(self, k: int) -> float:
         """Of the tail."""
@@ -272,6 +282,8 @@ class PlusReference(Reference):
         )
         self.losses.append(f0)
         self.changes.append(change)
+        most = plus._SAMPLE_LIMIT * bound
+        self.gains.append(min(max(-foreseen / tail, -most), most))
         self.signs.append(math.copysign(foreseen != 0, -foreseen))
         if self.warming_up:
             self.warm_up()
@@ -280,10 +292,10 @@ class PlusReference(Reference):
         self.L = self.interval()
 
     def warm_up(self) -> None:
-        """The line through 0 that reaches the usual step size in the last step of the warm-up."""
+        """The line through 0 that reaches its end in the last step of the warm-up."""
         last = max(1, math.floor(self.total_steps / 20)) if self.total_steps else 50
         k = self.k - self.started_at + 1
-        self.eta = self.usual * min(k, last) / last
+        self.eta = self.warm_up_to * min(k, last) / last
         self.warming_up = k < last
         self.decided["warmed up"] += 1
 
@@ -295,15 +307,21 @@ class PlusReference(Reference):
         most = mean + plus._OUT_OF_RANGE * math.sqrt(variance)
         too_high = f > (most if wide else plus._UNKNOWN_RANGE * mean)
         out_of_range = too_high and change > bound / plus._HARDLY
+        gain = self.average(self.gains)
+        self.decided["gained"] += gain > bound
+        bound = max(bound, gain)
         ratio = bound / change if change > 0 else math.inf
         if change > bound or out_of_range:
             shrinkage = 0.5 if out_of_range else max(0.5, ratio ** (self.n / plus._STEPS_TO_RETURN))
             self.eta *= shrinkage
             self.changes = [x * shrinkage**2 for x in self.changes]
+            self.gains = [x * shrinkage for x in self.gains]
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
-        disagree = self.average(self.signs, plus._BETA_AGREEMENT) <= 0
-        high = f > mean - (plus._OUT_OF_RANGE * math.sqrt(variance) if self.usual and wide else 0)
+        beta = plus._BETA_AGREEMENT  # an average that starts at 0: a few votes are no majority
+        votes = sum((1 - beta) * beta**age * s for age, s in enumerate(reversed(self.signs)))
+        disagree = votes <= plus._MAJORITY
+        high = f > mean - (plus._OUT_OF_RANGE * math.sqrt(variance) if self.untrained and wide else 0)
         if self.factor(self.k - 1) < 1 or high or disagree:
             self.decided["waited"] += 1
             return
@@ -323,7 +341,7 @@ class PlusReference(Reference):
 
     def start(self, f0: float, loss: Loss, slope: float) -> None:
         """Up or down by a factor each, until one is accepted and its neighbour is not; bisect."""
-        if self.usual:
+        if self.warm_up_to:
             self.first_losses.append(f0)
             self.started_at, self.searched, self.L = self.k, True, 1
             self.warm_up()

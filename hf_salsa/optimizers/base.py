@@ -44,6 +44,7 @@ from .state import (
 )
 from .tensors import LOW_PRECISION, dots, scaled
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
+from .matrix_scale import matrix_scale
 from .untrained import never_trained
 
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
@@ -373,7 +374,7 @@ class LineSearchOptimizer(Direction, Evaluating):
                 last_factor=self._last_factor(run),
                 step=run.steps - run.run_start,
                 total_steps=run.run_steps,
-                usual_step_size=self._usual_step_size(known),
+                **({} if known else self._of_weights(run)),
             )
             precise = not any(c.params[0].dtype in LOW_PRECISION for c in chunks)
             exact = not run.reevaluate_loss
@@ -395,12 +396,18 @@ class LineSearchOptimizer(Direction, Evaluating):
             self._keep_weights(points.kept)
         return loss, searched, replace(run, trials=run.trials + evaluate.count)
 
-    def _usual_step_size(self, known: bool) -> float:
-        """Return what is usual for weights that were never trained; 0 where it is not asked for."""
-        if known or not (self.usual_step_size and self.rule_type.wants_usual_step_size):
-            return 0.0
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return self.usual_step_size if never_trained(params) else 0.0
+    def _of_weights(self, run: RunState) -> dict[str, float]:
+        """Return what `Line` says of the weights before the first step size is found."""
+        if not (self.usual_step_size and self.rule_type.wants_usual_step_size):
+            return {}
+        groups = [
+            (g["head"], [p for p in g["params"] if p.grad is not None]) for g in self.param_groups
+        ]
+        if never_trained([p for _, params in groups for p in params]):
+            return {"usual_step_size": self.usual_step_size}
+        if not run.head_steps:
+            return {}
+        return {"matrix_scale": matrix_scale([p for head, ps in groups if not head for p in ps])}
 
     def _train_head(
         self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState

@@ -14,6 +14,7 @@ from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
 _BETA_AGREEMENT = 0.9  # of signs: about the last ten searches vote
+_MAJORITY = 1 / 3  # of them, two thirds of the votes: by chance alone they are within 0.23 of 0
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
 _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
@@ -25,7 +26,8 @@ _UNKNOWN_RANGE = 3  # times their mean, as long as they are too few for a deviat
 _HARDLY = 100  # times less than the bound: such changes do not keep the loss out of range
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 500  # steps; a shorter run has a share of the 9 and of the 60
-_WARM_UP = 0.05  # of the run, where the weights were never trained
+_WARM_UP = 0.05  # of the run, where there is one
+_OF_MATRICES = 0.02  # of the size of the body's matrices: where it ends after a head phase
 _UNKNOWN_WARM_UP = 50  # steps of it, in a run without a known end
 
 
@@ -40,10 +42,12 @@ class PlusState(RuleState):
         first_squares: The same of their squares.
         loss: Smoothed loss.
         change: Smoothed |D|.
+        foreseen: Smoothed -<g, u>.
         agreement: Smoothed sign of -<g, u>.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
-        usual_step_size: That of `Line`, if the weights were never trained before, else 0.
+        untrained: Whether the weights were never trained before.
+        warm_up_to: Where the warm-up ends; 0 if there is none.
         warming_up: Whether the step size still rises to it.
     """
 
@@ -52,18 +56,21 @@ class PlusState(RuleState):
         "first_squares": (2, 0),
         "loss": (1, 0),
         "change": (1, 0),
-        "usual_step_size": (0, 1),
+        "foreseen": (1, 0),
+        "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 5
+    rule_version: int = 6
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
     change: float = 0.0
+    foreseen: float = 0.0
     agreement: float = 0.0
     samples: int = 0
     started_at: int = 0
-    usual_step_size: float = 0.0
+    untrained: bool = False
+    warm_up_to: float = 0.0
     warming_up: bool = False
 
     @classmethod
@@ -182,12 +189,15 @@ class Plus(StepSizeRule[PlusState]):
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
         factor = line.last_factor or 1.0  # 0 only where nothing was looked at
-        change = min(change / factor**2, _SAMPLE_LIMIT * bound)
-        slope = -slope_before / factor / taken  # where the step ended
+        most = _SAMPLE_LIMIT * bound
+        change = min(change / factor**2, most)
+        foreseen = -slope_before / factor
+        slope = foreseen / taken  # where the step ended
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
             change=moving_average(state.change, change, _BETA),
+            foreseen=moving_average(state.foreseen, max(-most, min(foreseen, most)), _BETA),
             agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )
@@ -202,6 +212,8 @@ class Plus(StepSizeRule[PlusState]):
         change = state.change / (1 - _BETA**state.samples)
         # Where its steps hardly show, only more of them can bring it back.
         out_of_range = self.out_of_range(state) and change > bound / _HARDLY
+        # As long as the next step gains more, it may change as much.
+        bound = max(bound, state.foreseen / (1 - _BETA**state.samples))
         if change > bound or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
@@ -211,15 +223,16 @@ class Plus(StepSizeRule[PlusState]):
                 step_size=state.step_size * shrinkage,
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
+                foreseen=state.foreseen * shrinkage,
             )
         # From the usual step size on it is not enough that the loss has not risen: on a plateau
         # nothing bends, and nothing would stop a step size that grows.
         mean, deviation = self._start_of_run(state)
         ahead = 0.0
-        if state.usual_step_size and state.samples + 1 >= _FIRST:
+        if state.untrained and state.samples + 1 >= _FIRST:
             ahead = _OUT_OF_RANGE * deviation
         risen = self.averaged_loss(state) > mean - ahead
-        if line.last_factor < 1 or state.agreement <= 0 or risen:
+        if line.last_factor < 1 or state.agreement <= _MAJORITY or risen:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -247,10 +260,12 @@ class Plus(StepSizeRule[PlusState]):
             kept: As it was with those weights.
         """
         step_size = min(state.step_size, kept.step_size) / 2
+        shrinkage = step_size / kept.step_size
         return replace(
             kept,
             step_size=step_size,
-            change=kept.change * (step_size / kept.step_size) ** 2,
+            change=kept.change * shrinkage**2,
+            foreseen=kept.foreseen * shrinkage,
             search_interval=1,
             steps_since_search=0,
             searches=state.searches,
@@ -277,10 +292,12 @@ class Plus(StepSizeRule[PlusState]):
             "first_squares": line.loss * line.loss,
             "started_at": line.step,
         }
-        if line.usual_step_size:
+        warm_up_to = line.usual_step_size or _OF_MATRICES * line.matrix_scale
+        if warm_up_to:
             found = state.accepted(
-                step_size=line.usual_step_size / self._warm_up_steps(line),
-                usual_step_size=line.usual_step_size,
+                step_size=warm_up_to / self._warm_up_steps(line),
+                untrained=line.usual_step_size > 0,
+                warm_up_to=warm_up_to,
                 warming_up=self._warm_up_steps(line) > 1,
                 **begun,
             )
@@ -298,7 +315,7 @@ class Plus(StepSizeRule[PlusState]):
         if not state.warming_up:
             return state
         share = min(1.0, (self._steps(state, line) + 1) / self._warm_up_steps(line))
-        return replace(state, step_size=share * state.usual_step_size, warming_up=share < 1)
+        return replace(state, step_size=share * state.warm_up_to, warming_up=share < 1)
 
     @staticmethod
     def _warm_up_steps(line: Line) -> int:

@@ -44,6 +44,9 @@ class Line:
         usual_step_size: What people use along this direction for weights that were never trained.
             0 where they were, where there is no such habit, after the first step size is found, and
             unless the rule has `wants_usual_step_size`.
+        matrix_scale: After a new head was trained alone: the step size at which one step may be as
+            large as the matrices of the trained body. Else 0, and where `usual_step_size` would be
+            0 for weights that were never trained.
     """
 
     loss_at: Callable[[float], float]
@@ -56,6 +59,7 @@ class Line:
     step: int = 0
     total_steps: int = 0
     usual_step_size: float = 0.0
+    matrix_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class StepSizeRule(ABC, Generic[State]):
     looks_back: ClassVar[bool] = False
     # Whether `Line.agreement` is used. It costs a pass over the gradients.
     wants_agreement: ClassVar[bool] = False
-    # Whether `Line.usual_step_size` is used. It costs a look at the biases and normalisations.
+    # Whether `Line.usual_step_size` and `Line.matrix_scale` are used. They cost a look at the
+    # biases and normalisations, or at the matrices, once.
     wants_usual_step_size: ClassVar[bool] = False
     # Whether gradients are clipped as Trainer does it, unless the user says otherwise.
     clips_gradients: ClassVar[bool] = True

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from hf_salsa import SaLSaAdam
 from hf_salsa.optimizers import base
+from hf_salsa.optimizers.matrix_scale import matrix_scale
 from hf_salsa.optimizers.untrained import never_trained
 
 
@@ -94,3 +95,11 @@ def test_sharded_weights_show_whether_they_were_trained(mesh, placement):
 
     assert never_trained(sharded(torch.ones(6), torch.zeros(4), torch.randn(4, 6)))
     assert not never_trained(sharded(torch.randn(6), torch.zeros(4), torch.randn(4, 6)))
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+def test_sharded_matrices_have_the_size_of_whole_ones(mesh, placement):
+    torch.manual_seed(0)
+    matrices = [torch.randn(6, 4), torch.randn(3, 2, 2).bfloat16()]
+    placed = [nn.Parameter(distribute_tensor(m, mesh, [placement])) for m in matrices]
+    assert matrix_scale(placed) == pytest.approx(matrix_scale(matrices), rel=1e-6)

@@ -106,7 +106,7 @@ def test_sgd_has_no_usual_step_size():
     optimizer = SaLSaSGDPlus(model.parameters(), total_steps=400)
     trained(optimizer, model, 3)
     group = optimizer.param_groups[0]
-    assert (group["usual_step_size"], group["warming_up"]) == (0.0, False)
+    assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
     assert optimizer.last_search.trials == 1
 
 

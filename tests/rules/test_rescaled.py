@@ -16,10 +16,11 @@ PLUS = PlusState(
     first_squares=6.5,
     loss=0.8,
     change=0.001,
+    foreseen=0.002,
     agreement=-0.2,
     samples=6,
     started_at=2,
-    usual_step_size=0.125,
+    warm_up_to=0.125,
 )
 STATES = {
     "salsa": (SaLSa(), SaLSaState(**SEARCHED, h=0.02, s=0.9, **AVERAGES)),

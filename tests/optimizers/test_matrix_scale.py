@@ -1,0 +1,120 @@
+"""How large the matrices of a trained body are, and the warm-up that it decides."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import silent
+from torch import nn
+
+from hf_salsa import SaLSaAdamPlus, SaLSaSGDPlus
+from hf_salsa.optimizers.matrix_scale import matrix_scale
+from hf_salsa.rules.plus import _OF_MATRICES
+
+
+def test_it_is_the_step_at_which_signs_that_agree_reach_the_spectral_norm():
+    """Of a matrix of independent numbers, to a few per cent."""
+    torch.manual_seed(0)
+    weight = 0.3 * torch.randn(400, 900)
+    step = matrix_scale([weight]) * torch.ones_like(weight)
+    norms = [float(torch.linalg.matrix_norm(m, 2)) for m in (weight, step)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
+
+
+def test_it_is_the_geometric_mean_over_matrices_large_and_small():
+    of_first = 0.5 * (4**-0.5 + 9**-0.5)
+    of_kernel = 2.0 * (16**-0.5 + 25**-0.5)
+    first, kernel = torch.full((9, 4), -0.5), torch.full((16, 1, 5, 5), 2.0)
+    assert matrix_scale([first]) == pytest.approx(of_first)
+    assert matrix_scale([first, kernel]) == pytest.approx(math.sqrt(of_first * of_kernel))
+    # Biases are no matrices, and where all numbers are 0 there is no size, as of LoRA's second one.
+    others = [torch.ones(9), torch.tensor(7.0), torch.zeros(9, 4)]
+    assert matrix_scale([first, *others]) == pytest.approx(of_first)
+    assert matrix_scale(others) == matrix_scale([]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_it_knows_every_type(dtype):
+    weight = torch.full((9, 4), 0.5, dtype=dtype)
+    assert matrix_scale([weight]) == pytest.approx(0.5 * (4**-0.5 + 9**-0.5))
+
+
+def trained_body():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    return body, nn.Linear(8, 1)
+
+
+def train(optimizer, model, steps, start=0):
+    """The step sizes of steps on mini-batches of a regression."""
+    found = []
+    for k in range(start, start + steps):
+        x = torch.randn(32, 3, generator=torch.Generator().manual_seed(k))
+
+        def loss_fn(x=x):
+            return nn.functional.mse_loss(model(x), x[:, :1] * x[:, 1:2] + 2)
+
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        optimizer.step(loss_fn, loss=loss.detach())
+        found.append(optimizer.step_size)
+    return found
+
+
+def groups(body, head):
+    return [{"params": [*body.parameters()]}, {"params": [*head.parameters()], "head": True}]
+
+
+@silent
+@pytest.mark.parametrize("total_steps", [2000, None])
+def test_after_the_head_the_step_size_rises_to_a_share_of_the_bodys_matrices(total_steps):
+    body, head = trained_body()
+    tail = {} if total_steps else {"cool_down": 0.0}
+    optimizer = SaLSaAdamPlus(groups(body, head), head_first=5, total_steps=total_steps, **tail)
+    model = nn.Sequential(body, head)
+    train(optimizer, model, 5)
+    trials = optimizer.counters.trials
+    end = _OF_MATRICES * matrix_scale([*body.parameters()])
+    found = train(optimizer, model, 4, start=5)
+    steps = 100 if total_steps else 50
+    assert found == pytest.approx([end * (k + 1) / steps for k in range(4)])
+    assert optimizer.counters.trials <= trials + 2 + 3  # two checks; it tries nothing
+    assert optimizer.param_groups[0]["warm_up_to"] == pytest.approx(end)
+    assert not optimizer.param_groups[0]["untrained"]
+
+
+@silent
+def test_without_a_head_phase_or_matrices_or_with_sgd_the_start_is_measured():
+    body, head = trained_body()
+    biases = [{"params": [p for p in body.parameters() if p.dim() == 1]}, groups(body, head)[1]]
+    settings = {"head_first": 2, "total_steps": 400}
+    made = [
+        SaLSaAdamPlus(groups(body, head), **settings | {"head_first": 0}),
+        SaLSaAdamPlus(biases, **settings),
+        SaLSaSGDPlus(groups(body, head), **settings),
+    ]
+    for optimizer in made:
+        train(optimizer, nn.Sequential(body, head), 3)
+        group = optimizer.param_groups[0]
+        assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
+        assert group["searches"] > 0
+
+
+@silent
+def test_a_run_resumed_in_the_warm_up_is_the_straight_run_bit_for_bit():
+    body, head = trained_body()
+    straight = SaLSaAdamPlus(groups(body, head), head_first=5, total_steps=400)
+    expected = train(straight, nn.Sequential(body, head), 40)
+
+    other_body, other_head = trained_body()
+    model = nn.Sequential(other_body, other_head)
+    first = SaLSaAdamPlus(groups(other_body, other_head), head_first=5, total_steps=400)
+    found = train(first, model, 12)
+    second = SaLSaAdamPlus(groups(other_body, other_head), head_first=5, total_steps=400)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    found += train(second, model, 28, start=12)
+    assert found == expected
+    for param, other in zip(straight.param_groups[0]["params"], other_body.parameters(), strict=True):
+        assert torch.equal(param, other)
