@@ -321,7 +321,9 @@ class PlusReference(Reference):
         beta = plus._BETA_AGREEMENT  # an average that starts at 0: a few votes are no majority
         votes = sum((1 - beta) * beta**age * s for age, s in enumerate(reversed(self.signs)))
         disagree = votes <= plus._MAJORITY
-        high = f > mean - (plus._OUT_OF_RANGE * math.sqrt(variance) if self.untrained and wide else 0)
+        high = f > mean - (
+            plus._OUT_OF_RANGE * math.sqrt(variance) if self.untrained and wide else 0
+        )
         if self.factor(self.k - 1) < 1 or high or disagree:
             self.decided["waited"] += 1
             return

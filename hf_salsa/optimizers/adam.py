@@ -266,13 +266,16 @@ class SaLSaAdamPlus(LineSearchAdam):
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
                  0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps);
                  where the weights were never trained eta rises instead, within the first 5 % of
-                 the run, to 1e-3, Adam's default since its paper
+                 the run, to 1e-3, Adam's default since its paper; and after a head to 0.02 s, s
+                 the geometric mean over the body's matrices of rms (1/sqrt(rows) + 1/sqrt(columns)):
+                 steps whose signs agree move them by 2 % of their spectral norm
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
-        shrink:  where |D| > B = `trust` * (mean loss of the first ten searches), by
-                 (B / |D|)^(steps since the last search / 10), at most by half
+        shrink:  where |D| > B, `trust` * (mean loss of the first ten searches) or the average of
+                 -<g, u> if that is larger, by (B / |D|)^(steps since the last search / 10), at most
+                 by half
         grow:    else by (B / |D|)^(steps since the last search / 60), at most twofold within
-                 `steps_to_double` steps, while -<g, u> is above 0 in most searches and the loss
-                 below that of the start; runs of less than 500 steps have their share of the 60
+                 `steps_to_double` steps, while -<g, u> is above 0 in two thirds of the searches and
+                 the loss below that of the start; runs of less than 500 steps have their share of the 60
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 
@@ -286,8 +289,8 @@ class SaLSaAdamPlus(LineSearchAdam):
     Args:
         params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
-            Without effect where the weights were never trained: where most biases and
-            normalisations are 0 or 1.
+            Without effect after a head, and where the weights were never trained: where most
+            biases and normalisations are 0 or 1.
         trust: B as a share of the loss at the start, above 0.
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.

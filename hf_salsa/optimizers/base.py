@@ -18,6 +18,7 @@ from .checks import ask, check_derivative, differentiated, refuse_hopeless, unus
 from .direction import Direction
 from .evaluating import Evaluating
 from .evaluation import Closure, spacing
+from .matrix_scale import matrix_scale
 from .scale import NOT_KNOWN, Parts
 from .signature import refuse_learning_rate, refuse_names
 from .skips import (
@@ -44,7 +45,6 @@ from .state import (
 )
 from .tensors import LOW_PRECISION, dots, scaled
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
-from .matrix_scale import matrix_scale
 from .untrained import never_trained
 
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it

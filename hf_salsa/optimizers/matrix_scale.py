@@ -27,9 +27,7 @@ def matrix_scale(params: Sequence[Tensor]) -> float:
         s; 0 if no matrix has a number other than 0.
     """
     matrices = [p.detach() for p in params if p.dim() > 1]
-    norms = [
-        whole(torch.linalg.vector_norm(matrix, dtype=_precise(matrix))) for matrix in matrices
-    ]
+    norms = [whole(torch.linalg.vector_norm(matrix, dtype=_precise(matrix))) for matrix in matrices]
     logarithms = []
     for matrix, norm in zip(matrices, numbers(*norms) if norms else [], strict=True):
         rows, columns = matrix.shape[0], matrix.shape[1:].numel()

@@ -43,7 +43,7 @@ class PlusState(RuleState):
         loss: Smoothed loss.
         change: Smoothed |D|.
         foreseen: Smoothed -<g, u>.
-        agreement: Smoothed sign of -<g, u>.
+        agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
         untrained: Whether the weights were never trained before.
@@ -94,15 +94,18 @@ class Plus(StepSizeRule[PlusState]):
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
-        untrained   where the weights were never trained, eta rises linearly to the usual step size
-                    of the direction instead, over the first 5 % of the run (50 steps without a
-                    known end), whatever |D| is: sharpness follows the step size, so that a run
-                    that starts with short steps would be held to them
+        warm-up     eta rises linearly instead, over the first 5 % of the run (50 steps without a
+                    known end), whatever |D| is: where the weights were never trained to the usual
+                    step size of the direction (sharpness follows the step size, so that a run that
+                    starts with short steps would be held to them); after a new head was trained
+                    alone to 0.02 of the step size whose steps may be as large as the matrices of
+                    the trained body (`Line.matrix_scale`)
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
-                    the square of that; B is `trust` times the mean loss of the first ten searches
+                    the square of that; B is `trust` times the mean loss of the first ten searches,
+                    or the average of -<g, u> if that is larger: what one more step would gain
         |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
-        agreement   it does not grow unless -<g, u> is above 0 in most of the last ten searches:
-                    the loss of new mini-batches still falls where steps ended
+        agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
+                    searches: the loss of new mini-batches still falls where steps ended
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten (untrained, from the tenth on: above two standard deviations below it), and
                     halves while it is above that mean by more than two standard deviations (before
@@ -357,9 +360,10 @@ class Plus(StepSizeRule[PlusState]):
             f"it finds on the mini-batches themselves: it starts at {self.first_share:.3g} of what "
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
-            "weights were never trained, may double within "
+            "weights were never trained or a new head was trained first, may double within "
             f"{double} where its steps change little and new mini-batches want more of them, and "
-            "is kept where a step changes the loss of the next mini-batch by at most "
-            f"{100 * self.trust:.3g} % of the loss at the start beside what its gradient foresees. "
+            "is kept where a step changes the loss of the next mini-batch beside what its gradient "
+            f"foresees by at most {100 * self.trust:.3g} % of the loss at the start, or by what "
+            "one more step would gain. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

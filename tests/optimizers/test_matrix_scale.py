@@ -116,5 +116,7 @@ def test_a_run_resumed_in_the_warm_up_is_the_straight_run_bit_for_bit():
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     found += train(second, model, 28, start=12)
     assert found == expected
-    for param, other in zip(straight.param_groups[0]["params"], other_body.parameters(), strict=True):
+    for param, other in zip(
+        straight.param_groups[0]["params"], other_body.parameters(), strict=True
+    ):
         assert torch.equal(param, other)

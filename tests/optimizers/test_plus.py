@@ -111,7 +111,9 @@ def test_trajectory_after_a_head_phase_is_the_references(direction):
         if k == head_steps:
             assert not optimizer.head_alone
             after = [Parameter(w) for w in clones(params)]
-            reference = PlusReference("SaLSaAdamPlus", after, matrices=clones(params[:1]), **options)
+            reference = PlusReference(
+                "SaLSaAdamPlus", after, matrices=clones(params[:1]), **options
+            )
             reference.k, searches = k, optimizer.counters.searches
         train(optimizer, params, [(x, y)])
         if reference:
