@@ -320,7 +320,7 @@ class PlusReference(Reference):
             return
         beta = plus._BETA_AGREEMENT  # an average that starts at 0: a few votes are no majority
         votes = sum((1 - beta) * beta**age * s for age, s in enumerate(reversed(self.signs)))
-        disagree = votes <= plus._MAJORITY
+        disagree = votes <= (0 if self.untrained else plus._MAJORITY)
         high = f > mean - (
             plus._OUT_OF_RANGE * math.sqrt(variance) if self.untrained and wide else 0
         )

@@ -266,16 +266,17 @@ class SaLSaAdamPlus(LineSearchAdam):
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
                  0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps);
                  where the weights were never trained eta rises instead, within the first 5 % of
-                 the run, to 1e-3, Adam's default since its paper; and after a head to 0.02 s, s
-                 the geometric mean over the body's matrices of rms (1/sqrt(rows) + 1/sqrt(columns)):
+                 the run, to 1e-3, Adam's default since its paper; after a head to 0.02 s, s the
+                 geometric mean of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices:
                  steps whose signs agree move them by 2 % of their spectral norm
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
         shrink:  where |D| > B, `trust` * (mean loss of the first ten searches) or the average of
                  -<g, u> if that is larger, by (B / |D|)^(steps since the last search / 10), at most
                  by half
         grow:    else by (B / |D|)^(steps since the last search / 60), at most twofold within
-                 `steps_to_double` steps, while -<g, u> is above 0 in two thirds of the searches and
-                 the loss below that of the start; runs of less than 500 steps have their share of the 60
+                 `steps_to_double` steps, while -<g, u> is above 0 in two thirds of the searches
+                 (weights that were never trained: in most) and the loss below that of the start;
+                 runs of less than 500 steps have their share of the 60
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 

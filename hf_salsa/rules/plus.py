@@ -14,7 +14,7 @@ from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
 _BETA_AGREEMENT = 0.9  # of signs: about the last ten searches vote
-_MAJORITY = 1 / 3  # of them, two thirds of the votes: by chance alone they are within 0.23 of 0
+_MAJORITY = 1 / 3  # two thirds of the votes; the standard error of chance is 0.23
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
 _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
@@ -105,7 +105,8 @@ class Plus(StepSizeRule[PlusState]):
                     or the average of -<g, u> if that is larger: what one more step would gain
         |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
-                    searches: the loss of new mini-batches still falls where steps ended
+                    searches (untrained: in most of them): the loss of new mini-batches still falls
+                    where steps ended. By chance it would, and ruin what was learned before
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten (untrained, from the tenth on: above two standard deviations below it), and
                     halves while it is above that mean by more than two standard deviations (before
@@ -235,7 +236,8 @@ class Plus(StepSizeRule[PlusState]):
         if state.untrained and state.samples + 1 >= _FIRST:
             ahead = _OUT_OF_RANGE * deviation
         risen = self.averaged_loss(state) > mean - ahead
-        if line.last_factor < 1 or state.agreement <= _MAJORITY or risen:
+        majority = 0.0 if state.untrained else _MAJORITY
+        if line.last_factor < 1 or state.agreement <= majority or risen:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:

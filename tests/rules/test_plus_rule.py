@@ -370,14 +370,18 @@ def test_where_changes_are_small_the_step_size_grows(steps, share, total_steps):
     assert found == pytest.approx(growth)
 
 
-@pytest.mark.parametrize("agreement", [-1.0, 0.0, 0.99 / 3])
-def test_it_does_not_grow_unless_two_thirds_of_the_searches_want_more_of_its_steps(agreement):
-    before = (agreement - 0.1) / _BETA_AGREEMENT  # without the vote of this one
-    assert look(seen(agreement=before), foreseen=-0.5)[1].step_size == 0.25
-    # The average decides, whatever this one says.
-    assert look(seen(agreement=1.0), foreseen=0.5)[1].step_size > 0.25
-    barely = (1.01 / 3 + 0.1) / _BETA_AGREEMENT
-    assert look(seen(agreement=barely), foreseen=0.5)[1].step_size > 0.25
+@pytest.mark.parametrize(("untrained", "majority"), [(False, _MAJORITY), (True, 0.0)])
+def test_it_does_not_grow_unless_enough_searches_want_more_of_its_steps(untrained, majority):
+    """Two thirds of them, or most; the average decides, whatever this one says."""
+    weight = 1 - _BETA_AGREEMENT**SAMPLES
+    for agreement in (-1.0, 0.0, majority - 1e-3):  # with the vote of this one
+        before = (agreement - 0.1) / _BETA_AGREEMENT / weight
+        state = seen(agreement=before, untrained=untrained, loss=0.5)
+        assert look(state, loss=0.5, foreseen=-0.5)[1].step_size == 0.25
+    for agreement in (majority + 1e-3, 0.8):
+        before = (agreement + 0.1) / _BETA_AGREEMENT / weight
+        state = seen(agreement=before, untrained=untrained, loss=0.5)
+        assert look(state, loss=0.5, foreseen=0.5)[1].step_size > 0.25
 
 
 def test_each_search_has_one_vote():
