@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from comparison import tried_rules
 from comparison.former_plus import FormerPlusAdam, FormerPlusSGD
+from comparison.plus_parts import FixedBound, MeasuredStart
 from comparison.rivals import (
     AuthorsOptimizer,
     AuthorsTrainer,
@@ -69,9 +70,11 @@ def trained_as(name: str, task: Task) -> str:
     return CALIBRATED if name == HEAD_FIRST and not task.new_head else name
 
 
-def _without(part: str, **options: Any) -> Candidate:
+def _without(
+    part: str, optimizer: type[SaLSaAdamPlus] = SaLSaAdamPlus, **options: Any
+) -> Candidate:
     """Return `salsa_adam_plus` without one of its parts."""
-    return Candidate(part, optimizer=SaLSaAdamPlus, options=options)
+    return Candidate(part, optimizer=optimizer, options=options)
 
 
 def _former_without(part: str, **options: Any) -> Candidate:
@@ -100,6 +103,8 @@ def _label(name: str) -> str:
 _OF_PLUS = {
     "plus_no_head_first": _without("without head first", head_first=0),
     "plus_no_trust": _without("without bounds of the change", trust=1e9),
+    "plus_fixed_bound": _without("bounded whatever a step gains", FixedBound),
+    "plus_measured_start": _without("without warm-up", MeasuredStart),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_no_tail": _without("without the tail", cool_down=0.0),
     "plus_go_back": Candidate(

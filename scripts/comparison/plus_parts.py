@@ -1,0 +1,30 @@
+"""`salsa_adam_plus` without parts that no setting takes away."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from hf_salsa import SaLSaAdamPlus
+from hf_salsa.rules import Line, Plus, PlusState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured(Plus):
+    wants_usual_step_size: ClassVar[bool] = False
+
+
+class MeasuredStart(SaLSaAdamPlus):
+    """Starts at a share of what the first mini-batch accepts, whatever the weights are."""
+
+    rule_type = _Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithoutGains(Plus):
+    def _moved(self, state: PlusState, line: Line, bound: float) -> PlusState:
+        return super()._moved(replace(state, foreseen=0.0), line, bound)
+
+
+class FixedBound(SaLSaAdamPlus):
+    """Bounds the change of a step by a share of the loss at the start, whatever a step gains."""
+
+    rule_type = _WithoutGains
