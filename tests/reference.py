@@ -277,13 +277,12 @@ class PlusReference(Reference):
         foreseen = sum((p.g * u).sum().item() for p, u in pairs if p.g is not None)
         tail = self.factor(self.k - 1)
         self.trials += 1
-        change = min(
-            abs(loss(self.before).item() - f0 + foreseen) / tail**2, plus._SAMPLE_LIMIT * bound
-        )
-        self.losses.append(f0)
-        self.changes.append(change)
         most = plus._SAMPLE_LIMIT * bound
         self.gains.append(min(max(-foreseen / tail, -most), most))
+        limit = plus._SAMPLE_LIMIT * max(bound, self.average(self.gains))
+        change = min(abs(loss(self.before).item() - f0 + foreseen) / tail**2, limit)
+        self.losses.append(f0)
+        self.changes.append(change)
         self.signs.append(math.copysign(foreseen != 0, -foreseen))
         if self.warming_up:
             self.warm_up()

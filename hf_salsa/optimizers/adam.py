@@ -265,10 +265,10 @@ class SaLSaAdamPlus(LineSearchAdam):
         head:    the first `head_first` updates train a new head alone, by a line search of its own
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
                  0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps);
-                 where the weights were never trained eta rises instead, within the first 5 % of
-                 the run, to 1e-3, Adam's default since its paper; after a head to 0.02 s, s the
-                 geometric mean of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices:
-                 steps whose signs agree move them by 2 % of their spectral norm
+                 where the weights were never trained eta rises instead, over 5 % of the run, to
+                 1e-3, Adam's default since its paper; after a head to 0.02 s, s the geometric mean
+                 of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices: steps whose signs
+                 agree are 2 % of the spectral norm that random matrices of their size have
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
         shrink:  where |D| > B, `trust` * (mean loss of the first ten searches) or the average of
                  -<g, u> if that is larger, by (B / |D|)^(steps since the last search / 10), at most
@@ -290,8 +290,9 @@ class SaLSaAdamPlus(LineSearchAdam):
     Args:
         params: As in `SaLSaAdam`.
         first_share: Share of the first step size found at which training starts, in (0, 1].
-            Without effect after a head, and where the weights were never trained: where most
-            biases and normalisations are 0 or 1.
+            Without effect where training starts with a warm-up: after a head whose body has
+            matrices, none of them 0, and where the weights were never trained, that is, most biases
+            and normalisations are 0 or 1.
         trust: B as a share of the loss at the start, above 0.
         steps_to_double: Steps in which the step size may double, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.

@@ -400,14 +400,18 @@ class LineSearchOptimizer(Direction, Evaluating):
         """Return what `Line` says of the weights before the first step size is found."""
         if not (self.usual_step_size and self.rule_type.wants_usual_step_size):
             return {}
-        groups = [
-            (g["head"], [p for p in g["params"] if p.grad is not None]) for g in self.param_groups
+        with_gradients = [
+            (group, param)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
         ]
-        if never_trained([p for _, params in groups for p in params]):
+        if never_trained([param for _, param in with_gradients]):
             return {"usual_step_size": self.usual_step_size}
         if not run.head_steps:
             return {}
-        return {"matrix_scale": matrix_scale([p for head, ps in groups if not head for p in ps])}
+        body = ((p, g["step_size_factor"]) for g, p in with_gradients if not g["head"])
+        return {"matrix_scale": matrix_scale(body)}
 
     def _train_head(
         self, closure: Closure, loss: Tensor | float | None, state: RuleState, run: RunState

@@ -1,7 +1,7 @@
 """How large the matrices of a model are, as step sizes see it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from torch import Tensor
 from .tensors import numbers, whole, widest
 
 
-def matrix_scale(params: Sequence[Tensor]) -> float:
+def matrix_scale(weights: Iterable[tuple[Tensor, float]]) -> float:
     """Return the step size at which one step may be as large as the matrices themselves.
 
-        s = exp(mean of ln(rms(W) (1 / sqrt(rows) + 1 / sqrt(columns)))) over all matrices W
+        s = exp(mean of ln(rms(W) (1 / sqrt(rows) + 1 / sqrt(columns)) / factor)) over matrices W
 
     Large in the spectral norm, which bounds what a layer makes of its input (Yang, Simon, Bernstein
     2023, arXiv:2310.17813). That of a matrix of independent numbers is about rms(W) (sqrt(rows) +
@@ -20,21 +20,32 @@ def matrix_scale(params: Sequence[Tensor]) -> float:
     columns). So s is in units of a step size whose steps move each number by about that, as Adam's.
 
     Args:
-        params: Weights, sharded or not; a convolution counts as a matrix with one row for each
-            output channel. All processes must ask.
+        weights: Each with the factor by which its steps are multiplied; sharded or not. More
+            dimensions than two count as columns, as of a convolution; vectors, also those of shape
+            (1, 1, n) or (n, 1, 1), are no matrices. All processes must ask.
 
     Returns:
-        s; 0 if no matrix has a number other than 0.
+        s. 0 where the weights do not say: if there is no matrix, if one is 0 as the second one of
+        new LoRA adapters, or if a number is not finite.
     """
-    matrices = [p.detach() for p in params if p.dim() > 1]
-    norms = [whole(torch.linalg.vector_norm(matrix, dtype=_precise(matrix))) for matrix in matrices]
+    matrices = [
+        (weight.detach(), factor)
+        for weight, factor in weights
+        if weight.dim() > 1 and min(_shape(weight)) > 1
+    ]
+    norms = [whole(torch.linalg.vector_norm(m, dtype=_precise(m))) for m, _ in matrices]
     logarithms = []
-    for matrix, norm in zip(matrices, numbers(*norms) if norms else [], strict=True):
-        rows, columns = matrix.shape[0], matrix.shape[1:].numel()
-        if norm > 0:
-            rms = norm / math.sqrt(rows * columns)
-            logarithms.append(math.log(rms * (rows**-0.5 + columns**-0.5)))
+    for (matrix, factor), norm in zip(matrices, numbers(*norms) if norms else [], strict=True):
+        if not 0 < norm < math.inf:
+            return 0.0
+        rows, columns = _shape(matrix)
+        rms = norm / math.sqrt(rows * columns)
+        logarithms.append(math.log(rms * (rows**-0.5 + columns**-0.5) / factor))
     return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else 0.0
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1:].numel()
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

@@ -206,8 +206,9 @@ class SaLSaSGDPlus(LineSearchSGD):
         momentum: Heavy-ball momentum, in [0, 1).
         weight_decay: Decoupled weight decay (AdamW's, not the L2 term of torch.optim.SGD), at
             least 0. Part of the last step.
-        first_share, trust, steps_to_double, initial_step_size, max_search_interval, direction,
-            cool_down, head_first, total_steps: as in `SaLSaAdamPlus`.
+        first_share: As in `SaLSaAdamPlus`; training always starts so: no step size is usual.
+        trust, steps_to_double, initial_step_size, max_search_interval, direction, cool_down,
+            head_first, total_steps: as in `SaLSaAdamPlus`.
 
     Raises:
         ValueError: An argument is out of range; the message has the range.

@@ -27,7 +27,7 @@ _HARDLY = 100  # times less than the bound: such changes do not keep the loss ou
 _DENSE = 9  # searches in the beginning, before they grow rare
 _RUN = 500  # steps; a shorter run has a share of the 9 and of the 60
 _WARM_UP = 0.05  # of the run, where there is one
-_OF_MATRICES = 0.02  # of the size of the body's matrices: where it ends after a head phase
+_OF_MATRICES = 0.02  # of `Line.matrix_scale`: where a warm-up after a head phase ends
 _UNKNOWN_WARM_UP = 50  # steps of it, in a run without a known end
 
 
@@ -94,19 +94,20 @@ class Plus(StepSizeRule[PlusState]):
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
-        warm-up     eta rises linearly instead, over the first 5 % of the run (50 steps without a
-                    known end), whatever |D| is: where the weights were never trained to the usual
+        warm-up     eta rises linearly instead, over 5 % of the run (50 steps without a known end),
+                    whatever |D| is: where the weights were never trained to the usual
                     step size of the direction (sharpness follows the step size, so that a run that
                     starts with short steps would be held to them); after a new head was trained
                     alone to 0.02 of the step size whose steps may be as large as the matrices of
                     the trained body (`Line.matrix_scale`)
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
                     the square of that; B is `trust` times the mean loss of the first ten searches,
-                    or the average of -<g, u> if that is larger: what one more step would gain
+                    or the average of -<g, u> if that is larger: what one more step would gain.
+                    One sample counts at most ten times its bound
         |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
                     searches (untrained: in most of them): the loss of new mini-batches still falls
-                    where steps ended. By chance it would, and ruin what was learned before
+                    where steps ended. With a bare majority a trained body's would grow by chance
         loss        it does not grow while the average of the loss is above the mean of the first
                     ten (untrained, from the tenth on: above two standard deviations below it), and
                     halves while it is above that mean by more than two standard deviations (before
@@ -193,15 +194,18 @@ class Plus(StepSizeRule[PlusState]):
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
         factor = line.last_factor or 1.0  # 0 only where nothing was looked at
-        most = _SAMPLE_LIMIT * bound
-        change = min(change / factor**2, most)
         foreseen = -slope_before / factor
         slope = foreseen / taken  # where the step ended
+        most = _SAMPLE_LIMIT * bound
+        gain = moving_average(state.foreseen, max(-most, min(foreseen, most)), _BETA)
+        # Gains may raise the bound up to that limit: a change must be able to exceed it.
+        most = max(most, _SAMPLE_LIMIT * gain / (1 - _BETA ** (state.samples + 1)))
+        change = min(change / factor**2, most)
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
             change=moving_average(state.change, change, _BETA),
-            foreseen=moving_average(state.foreseen, max(-most, min(foreseen, most)), _BETA),
+            foreseen=gain,
             agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
             samples=state.samples + 1,
         )

@@ -45,8 +45,9 @@ class Line:
             0 where they were, where there is no such habit, after the first step size is found, and
             unless the rule has `wants_usual_step_size`.
         matrix_scale: After a new head was trained alone: the step size at which one step may be as
-            large as the matrices of the trained body. Else 0, and where `usual_step_size` would be
-            0 for weights that were never trained.
+            large as the matrices of the trained body. 0 without such a phase, where the matrices do
+            not say, after the first step size is found, where no step size is usual (SGD), and
+            unless the rule has `wants_usual_step_size`.
     """
 
     loss_at: Callable[[float], float]

@@ -5,7 +5,7 @@ from launching import configuration, launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-OPTIMIZERS = ("salsa_adam", "salsa_sgd_plus", "adamw_torch")
+OPTIMIZERS = ("salsa_adam", "salsa_sgd_plus", "salsa_adam_plus", "adamw_torch")
 STEPS, HEAD_STEPS = 40, 4
 FSDP2 = {
     "version": 2,
@@ -29,7 +29,7 @@ def given(optim, batch, resume=None, **arguments):
 # Resumed within the phase, at its end and after it.
 SHARDED = [
     given(optim, 4, resume, fsdp=True, fsdp_config=FSDP2)
-    for optim, resume in zip(OPTIMIZERS, (2, 6, 2), strict=True)
+    for optim, resume in zip(OPTIMIZERS, (2, 6, 5, 2), strict=True)
 ] + [given("adamw_torch", 4, HEAD_STEPS, fsdp=True, fsdp_config=FSDP2)]
 
 

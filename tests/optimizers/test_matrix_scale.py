@@ -10,14 +10,18 @@ from torch import nn
 
 from hf_salsa import SaLSaAdamPlus, SaLSaSGDPlus
 from hf_salsa.optimizers.matrix_scale import matrix_scale
-from hf_salsa.rules.plus import _OF_MATRICES
+
+
+def scale_of(*weights):
+    """`matrix_scale` of weights that take the whole step."""
+    return matrix_scale((weight, 1.0) for weight in weights)
 
 
 def test_it_is_the_step_at_which_signs_that_agree_reach_the_spectral_norm():
     """Of a matrix of independent numbers, to a few per cent."""
     torch.manual_seed(0)
     weight = 0.3 * torch.randn(400, 900)
-    step = matrix_scale([weight]) * torch.ones_like(weight)
+    step = scale_of(weight) * torch.ones_like(weight)
     norms = [float(torch.linalg.matrix_norm(m, 2)) for m in (weight, step)]
     assert norms[1] == pytest.approx(norms[0], rel=0.03)
 
@@ -26,18 +30,30 @@ def test_it_is_the_geometric_mean_over_matrices_large_and_small():
     of_first = 0.5 * (4**-0.5 + 9**-0.5)
     of_kernel = 2.0 * (16**-0.5 + 25**-0.5)
     first, kernel = torch.full((9, 4), -0.5), torch.full((16, 1, 5, 5), 2.0)
-    assert matrix_scale([first]) == pytest.approx(of_first)
-    assert matrix_scale([first, kernel]) == pytest.approx(math.sqrt(of_first * of_kernel))
-    # Biases are no matrices, and where all numbers are 0 there is no size, as of LoRA's second one.
-    others = [torch.ones(9), torch.tensor(7.0), torch.zeros(9, 4)]
-    assert matrix_scale([first, *others]) == pytest.approx(of_first)
-    assert matrix_scale(others) == matrix_scale([]) == 0
+    assert scale_of(first) == pytest.approx(of_first)
+    assert scale_of(first, kernel) == pytest.approx(math.sqrt(of_first * of_kernel))
+    # A matrix that takes shorter steps has room for longer ones.
+    factors = matrix_scale([(first, 0.25), (kernel, 1.0)])
+    assert factors == pytest.approx(2 * math.sqrt(of_first * of_kernel))
+
+
+def test_vectors_are_no_matrices_whatever_their_shape():
+    first = torch.full((9, 4), -0.5)
+    vectors = [torch.ones(9), torch.tensor(7.0), torch.ones(1, 1, 9), torch.ones(9, 1, 1)]
+    assert scale_of(first, *vectors) == scale_of(first) > 0
+    assert scale_of(*vectors) == scale_of() == 0
+
+
+@pytest.mark.parametrize("odd", [0.0, math.inf, math.nan])
+def test_it_is_0_where_a_matrix_does_not_say(odd):
+    """As LoRA's second one, which starts with 0: half of the weights are not trained then."""
+    assert scale_of(torch.ones(9, 4), torch.full((4, 9), odd)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64])
 def test_it_knows_every_type(dtype):
     weight = torch.full((9, 4), 0.5, dtype=dtype)
-    assert matrix_scale([weight]) == pytest.approx(0.5 * (4**-0.5 + 9**-0.5))
+    assert scale_of(weight) == pytest.approx(0.5 * (4**-0.5 + 9**-0.5))
 
 
 def trained_body():
@@ -76,7 +92,7 @@ def test_after_the_head_the_step_size_rises_to_a_share_of_the_bodys_matrices(tot
     model = nn.Sequential(body, head)
     train(optimizer, model, 5)
     trials = optimizer.counters.trials
-    end = _OF_MATRICES * matrix_scale([*body.parameters()])
+    end = 0.02 * scale_of(*body.parameters())
     found = train(optimizer, model, 4, start=5)
     steps = 100 if total_steps else 50
     assert found == pytest.approx([end * (k + 1) / steps for k in range(4)])
@@ -89,14 +105,17 @@ def test_after_the_head_the_step_size_rises_to_a_share_of_the_bodys_matrices(tot
 def test_without_a_head_phase_or_matrices_or_with_sgd_the_start_is_measured():
     body, head = trained_body()
     biases = [{"params": [p for p in body.parameters() if p.dim() == 1]}, groups(body, head)[1]]
+    adapters, _ = trained_body()
+    nn.init.zeros_(adapters[2].weight)
     settings = {"head_first": 2, "total_steps": 400}
     made = [
         SaLSaAdamPlus(groups(body, head), **settings | {"head_first": 0}),
         SaLSaAdamPlus(biases, **settings),
         SaLSaSGDPlus(groups(body, head), **settings),
+        SaLSaAdamPlus(groups(adapters, head), **settings),
     ]
-    for optimizer in made:
-        train(optimizer, nn.Sequential(body, head), 3)
+    for optimizer, layers in zip(made, [body, body, body, adapters], strict=True):
+        train(optimizer, nn.Sequential(layers, head), 3)
         group = optimizer.param_groups[0]
         assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
         assert group["searches"] > 0

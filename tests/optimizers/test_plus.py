@@ -133,7 +133,7 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
     """D against its formula, on the weights that the optimizer left."""
     params = parameters()
     optimizer = case.make(params, weight_decay=weight_decay, max_search_interval=1)
-    weights, change = [], 0.0
+    weights, change, gain = [], 0.0, 0.0
     for x, y in batches(6):
         loss_fn = partial(network_loss, params, x, y)
         loss = backward(params, loss_fn)
@@ -150,8 +150,13 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
         assert record.trial_loss == pytest.approx(loss_before, rel=1e-12)
         bound = group["trust"] * group["first_losses"] / len(weights)
         seen = loss_before - float(loss) + foreseen
-        change = plus._BETA * change + (1 - plus._BETA) * min(abs(seen), plus._SAMPLE_LIMIT * bound)
-        change *= min(1.0, optimizer.step_size / shrunk) ** 2
+        most, samples = plus._SAMPLE_LIMIT * bound, len(weights) - 1
+        gain = plus._BETA * gain + (1 - plus._BETA) * min(max(-foreseen, -most), most)
+        most = max(most, plus._SAMPLE_LIMIT * gain / (1 - plus._BETA**samples))
+        change = plus._BETA * change + (1 - plus._BETA) * min(abs(seen), most)
+        shrinkage = min(1.0, optimizer.step_size / shrunk)
+        change, gain = change * shrinkage**2, gain * shrinkage
+        assert group["foreseen"] == pytest.approx(gain, rel=1e-9)
         assert group["change"] == pytest.approx(change, rel=1e-9)
         assert (record.trials, group["samples"]) == (1, len(weights) - 1)
 

@@ -21,7 +21,6 @@ from hf_salsa.rules.plus import (
     _FIRST,
     _HARDLY,
     _MAJORITY,
-    _OF_MATRICES,
     _OUT_OF_RANGE,
     _RESOLVED,
     _RUN,
@@ -141,7 +140,7 @@ def test_a_start_that_fails_leaves_everything_to_the_next(outcome, trials, line)
 USUAL = 2.0**-10
 WARM = replace(STARTED, warm_up_to=USUAL, warming_up=True, step_size=USUAL / 8)
 # After a head phase: the matrices of the body are of such a size that the same is right for them.
-WEIGHTS = {"untrained": {"usual_step_size": USUAL}, "head": {"matrix_scale": USUAL / _OF_MATRICES}}
+WEIGHTS = {"untrained": {"usual_step_size": USUAL}, "head": {"matrix_scale": 50 * USUAL}}
 
 
 @pytest.mark.parametrize(("total", "steps"), [(0, _UNKNOWN_WARM_UP), (400, 20), (459, 22), (10, 1)])
@@ -177,6 +176,8 @@ def test_a_second_run_that_begins_in_the_warm_up_begins_it_anew():
 def test_the_slope_of_the_record_is_that_at_the_step_size_that_was_taken():
     record, _, _ = look(WARM, foreseen=-3.0, step=9, total_steps=400)
     assert record.slope == pytest.approx(3.0 / WARM.step_size)
+    record, _, _ = look(seen(), foreseen=-3.0, last_factor=0.5)  # in the tail half of it was
+    assert record.slope == pytest.approx(3.0 / 0.125)
 
 
 def test_a_loss_without_the_precision_to_judge_a_step_does_not_stop_the_warm_up():
@@ -266,6 +267,16 @@ def test_a_step_may_change_as_much_as_the_next_one_gains(foreseen, bound):
             shrunk = found.step_size / 0.25 if shrinks else 1
             expected = (1 - _BETA ** (SAMPLES + 1)) * foreseen * shrunk
             assert found.foreseen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gain", [9.9, 12.0, 1e6])
+def test_however_much_a_step_gains_it_may_not_change_far_more(gain):
+    """Both are limited, but not by the same: the change must be able to exceed what is gained."""
+    state = seen(step_size=0.25)
+    for _ in range(15):
+        _, state, _ = look(state, 100 * min(gain, 1e3) * BOUND, foreseen=-gain * BOUND)
+    assert state.foreseen <= _SAMPLE_LIMIT * BOUND
+    assert state.step_size < 0.25 / 8
 
 
 @pytest.mark.parametrize("change", [BOUND / 3, 3 * BOUND, 99 * BOUND])
@@ -370,7 +381,7 @@ def test_where_changes_are_small_the_step_size_grows(steps, share, total_steps):
     assert found == pytest.approx(growth)
 
 
-@pytest.mark.parametrize(("untrained", "majority"), [(False, _MAJORITY), (True, 0.0)])
+@pytest.mark.parametrize(("untrained", "majority"), [(False, 1 / 3), (True, 0.0)])
 def test_it_does_not_grow_unless_enough_searches_want_more_of_its_steps(untrained, majority):
     """Two thirds of them, or most; the average decides, whatever this one says."""
     weight = 1 - _BETA_AGREEMENT**SAMPLES
