@@ -12,6 +12,7 @@ from comparison.candidates import BY_DEFAULT, CALIBRATED, CANDIDATES
 from comparison.former_plus import FormerPlusAdam
 from comparison.grid import be_quiet
 from comparison.loaders import Sources, load_text
+from comparison.plus_parts import FixedBound, MeasuredStart
 from comparison.runs import Run, make_trainer, prepare
 from comparison.tasks import PRESETS
 from comparison_helpers import SMOKE, carry_out, prose_run
@@ -20,6 +21,7 @@ from transformers import TrainingArguments
 
 from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 from hf_salsa.head import find_head
+from hf_salsa.rules import Line, Plus, PlusState
 from hf_salsa.search_arguments import resolved_max_grad_norm
 
 ABLATIONS = {
@@ -57,8 +59,11 @@ def test_ablations_are_the_former_rule_without_one_part(tmp_path):
         assert run.configuration["candidate"] == expected
 
 
+OWN_RULES = {"plus_measured_start": MeasuredStart, "plus_fixed_bound": FixedBound}
+
+
 @pytest.mark.parametrize(
-    "name", sorted({*candidates.ABLATED["salsa_adam_plus"]} - {"plus_go_back"})
+    "name", sorted({*candidates.ABLATED["salsa_adam_plus"]} - {"plus_go_back", *OWN_RULES})
 )
 def test_an_ablation_is_salsa_adam_plus_with_other_settings(tmp_path, name):
     whole = SaLSaAdamPlus([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
@@ -70,6 +75,38 @@ def test_an_ablation_is_salsa_adam_plus_with_other_settings(tmp_path, name):
         changed = {k: v for k, v in group.items() if k != "params" and v != whole[k]}
         assert changed == candidates.CANDIDATES[name].options != {}
     assert run.configuration["candidate"] == {"rule": "SaLSaAdamPlus", **changed}
+
+
+@pytest.mark.parametrize("name", OWN_RULES)
+def test_an_ablation_without_a_setting_has_a_rule_of_its_own(tmp_path, name):
+    run = prose_run(tmp_path, name)
+    optimizer = trainer_of(run).create_optimizer()
+    assert type(optimizer) is OWN_RULES[name]
+    assert vars(optimizer.rule) == vars(Plus())
+    assert run.configuration["candidate"] == {"rule": OWN_RULES[name].__name__}
+
+
+def test_without_its_warm_up_the_rule_measures_the_start():
+    params = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4, 4))]
+
+    def loss_fn():
+        return params[1].square().sum() + (params[0] - 1).square().sum()
+
+    for make, warms_up in [(SaLSaAdamPlus, True), (MeasuredStart, False)]:
+        optimizer = make(params, total_steps=100)
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step(loss_fn)
+        assert optimizer.param_groups[0]["warming_up"] is warms_up
+        for param, value in zip(params, (0.0, 1.0), strict=True):
+            param.data.fill_(value)
+
+
+@pytest.mark.parametrize(("rule", "shrinks"), [(Plus(), False), (FixedBound.rule_type(), True)])
+def test_a_fixed_bound_knows_no_gains(rule, shrinks):
+    state = PlusState(0.25, searches=1, first_losses=1.0, first_squares=1.0)
+    line = Line(lambda eta: 1.0, 1.0, 0.0, 0.0, look_back=lambda: (1.0 + 0.04, -0.05), step=1)
+    assert (rule.search(state, line)[1].step_size < 0.25) is shrinks
 
 
 def test_a_candidate_goes_back_to_good_weights(tmp_path):
