@@ -46,7 +46,7 @@ class PlusState(RuleState):
         agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
-        untrained: Whether the weights were never trained before.
+        untrained: Whether the weights were never trained before; with SGD it is not asked.
         warm_up_to: Where the warm-up ends; 0 if there is none.
         warming_up: Whether the step size still rises to it.
     """
@@ -95,11 +95,12 @@ class Plus(StepSizeRule[PlusState]):
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
         warm-up     eta rises linearly instead, over 5 % of the run (50 steps without a known end),
-                    whatever |D| is: where the weights were never trained to the usual
-                    step size of the direction (sharpness follows the step size, so that a run that
-                    starts with short steps would be held to them); after a new head was trained
-                    alone to 0.02 of the step size whose steps may be as large as the matrices of
-                    the trained body (`Line.matrix_scale`)
+                    whatever |D| is: where the weights were never trained, to the usual step size of
+                    the direction (sharpness follows the step size, so that a run that starts with
+                    short steps would be held to them); after a new head was trained alone, to 0.02
+                    of the step size whose steps may be as large as the matrices of the trained body
+                    (`Line.matrix_scale`). Where no step size is usual (SGD), there is none, and no
+                    weights count as untrained
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
                     the square of that; B is `trust` times the mean loss of the first ten searches,
                     or the average of -<g, u> if that is larger: what one more step would gain.
