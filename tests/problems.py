@@ -84,6 +84,25 @@ class Recorded:
 # --- smaller ones -------------------------------------------------------------------------------
 
 
+def train_regression(optimizer, model, steps, start=0):
+    """The step sizes of steps on mini-batches of a regression on four variables."""
+    found = []
+    for k in range(start, start + steps):
+        generator = torch.Generator().manual_seed(k)
+        x = torch.randn(32, 4, generator=generator)
+        y = x[:, :1] * x[:, 1:2] + 2
+
+        def loss_fn(x=x, y=y):
+            return nn.functional.mse_loss(model(x), y)
+
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        optimizer.step(loss_fn, loss=loss.detach())
+        found.append(optimizer.step_size)
+    return found
+
+
 def square(params):
     return sum(p.square().sum() for p in params)
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import silent
+from problems import train_regression
 from torch import nn
 
 from hf_salsa import SaLSaAdamPlus, SaLSaSGDPlus
@@ -58,25 +59,8 @@ def test_it_knows_every_type(dtype):
 
 def trained_body():
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
     return body, nn.Linear(8, 1)
-
-
-def train(optimizer, model, steps, start=0):
-    """The step sizes of steps on mini-batches of a regression."""
-    found = []
-    for k in range(start, start + steps):
-        x = torch.randn(32, 3, generator=torch.Generator().manual_seed(k))
-
-        def loss_fn(x=x):
-            return nn.functional.mse_loss(model(x), x[:, :1] * x[:, 1:2] + 2)
-
-        optimizer.zero_grad()
-        loss = loss_fn()
-        loss.backward()
-        optimizer.step(loss_fn, loss=loss.detach())
-        found.append(optimizer.step_size)
-    return found
 
 
 def groups(body, head):
@@ -90,10 +74,10 @@ def test_after_the_head_the_step_size_rises_to_a_share_of_the_bodys_matrices(tot
     tail = {} if total_steps else {"cool_down": 0.0}
     optimizer = SaLSaAdamPlus(groups(body, head), head_first=5, total_steps=total_steps, **tail)
     model = nn.Sequential(body, head)
-    train(optimizer, model, 5)
+    train_regression(optimizer, model, 5)
     trials = optimizer.counters.trials
     end = 0.02 * scale_of(*body.parameters())
-    found = train(optimizer, model, 4, start=5)
+    found = train_regression(optimizer, model, 4, start=5)
     steps = 100 if total_steps else 50
     assert found == pytest.approx([end * (k + 1) / steps for k in range(4)])
     assert optimizer.counters.trials <= trials + 2 + 3  # two checks; it tries nothing
@@ -115,7 +99,7 @@ def test_without_a_head_phase_or_matrices_or_with_sgd_the_start_is_measured():
         SaLSaAdamPlus(groups(adapters, head), **settings),
     ]
     for optimizer, layers in zip(made, [body, body, body, adapters], strict=True):
-        train(optimizer, nn.Sequential(layers, head), 3)
+        train_regression(optimizer, nn.Sequential(layers, head), 3)
         group = optimizer.param_groups[0]
         assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
         assert group["searches"] > 0
@@ -125,15 +109,15 @@ def test_without_a_head_phase_or_matrices_or_with_sgd_the_start_is_measured():
 def test_a_run_resumed_in_the_warm_up_is_the_straight_run_bit_for_bit():
     body, head = trained_body()
     straight = SaLSaAdamPlus(groups(body, head), head_first=5, total_steps=400)
-    expected = train(straight, nn.Sequential(body, head), 40)
+    expected = train_regression(straight, nn.Sequential(body, head), 40)
 
     other_body, other_head = trained_body()
     model = nn.Sequential(other_body, other_head)
     first = SaLSaAdamPlus(groups(other_body, other_head), head_first=5, total_steps=400)
-    found = train(first, model, 12)
+    found = train_regression(first, model, 12)
     second = SaLSaAdamPlus(groups(other_body, other_head), head_first=5, total_steps=400)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    found += train(second, model, 28, start=12)
+    found += train_regression(second, model, 28, start=12)
     assert found == expected
     for param, other in zip(
         straight.param_groups[0]["params"], other_body.parameters(), strict=True

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import silent
+from problems import train_regression
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
@@ -69,32 +70,13 @@ def test_a_new_head_does_not_make_a_trained_body_new():
     assert not never_trained([*body.parameters(), *head.parameters()])
 
 
-def trained(optimizer, model, steps, start=0):
-    """The step sizes of steps on mini-batches of a regression."""
-    found = []
-    for k in range(start, start + steps):
-        generator = torch.Generator().manual_seed(k)
-        x = torch.randn(32, 4, generator=generator)
-        y = x[:, :1] * x[:, 1:2] + 2
-
-        def loss_fn(x=x, y=y):
-            return nn.functional.mse_loss(model(x), y)
-
-        optimizer.zero_grad()
-        loss = loss_fn()
-        loss.backward()
-        optimizer.step(loss_fn, loss=loss.detach())
-        found.append(optimizer.step_size)
-    return found
-
-
 @silent
 def test_adams_step_size_rises_to_the_usual_one_in_a_twentieth_of_the_run():
     model = normalised()
     optimizer = SaLSaAdamPlus(model.parameters(), total_steps=2000)
-    found = trained(optimizer, model, 1)
+    found = train_regression(optimizer, model, 1)
     assert optimizer.counters.trials == 2  # the two checks of the first search; it tries nothing
-    found += trained(optimizer, model, 99, start=1)
+    found += train_regression(optimizer, model, 99, start=1)
     assert found[:9] == pytest.approx([USUAL * (k + 1) / 100 for k in range(9)])
     assert found == sorted(found)
     assert 0.85 * USUAL <= found[-1] <= USUAL
@@ -104,7 +86,7 @@ def test_adams_step_size_rises_to_the_usual_one_in_a_twentieth_of_the_run():
 def test_sgd_has_no_usual_step_size():
     model = normalised()
     optimizer = SaLSaSGDPlus(model.parameters(), total_steps=400)
-    trained(optimizer, model, 3)
+    train_regression(optimizer, model, 3)
     group = optimizer.param_groups[0]
     assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
     assert optimizer.last_search.trials == 1
@@ -116,7 +98,7 @@ def test_a_trained_model_has_no_warm_up():
     for param in model.parameters():
         param.data.add_(1e-3)
     optimizer = SaLSaAdamPlus(model.parameters(), total_steps=400)
-    first, *_ = trained(optimizer, model, 1)
+    first, *_ = train_regression(optimizer, model, 1)
     assert not optimizer.param_groups[0]["warming_up"]
     assert optimizer.counters.trials > 2
     assert not math.isclose(first, USUAL / 20)
@@ -126,15 +108,15 @@ def test_a_trained_model_has_no_warm_up():
 def test_a_run_resumed_in_the_warm_up_is_the_straight_run_bit_for_bit():
     straight = normalised()
     optimizer = SaLSaAdamPlus(straight.parameters(), total_steps=400)
-    expected = trained(optimizer, straight, 40)
+    expected = train_regression(optimizer, straight, 40)
 
     stopped = normalised()
     first = SaLSaAdamPlus(stopped.parameters(), total_steps=400)
-    found = trained(first, stopped, 7)
+    found = train_regression(first, stopped, 7)
     saved = copy.deepcopy(first.state_dict())
     second = SaLSaAdamPlus(stopped.parameters(), total_steps=400)
     second.load_state_dict(saved)
-    found += trained(second, stopped, 33, start=7)
+    found += train_regression(second, stopped, 33, start=7)
     assert found == expected
     for param, other in zip(straight.parameters(), stopped.parameters(), strict=True):
         assert torch.equal(param, other)
