@@ -20,7 +20,7 @@ def launch(folder, processes, configurations):
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(processes)]
