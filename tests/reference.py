@@ -215,6 +215,7 @@ class PlusReference(Reference):
         direction: str = "momentum",
         total_steps: int = 0,
         initial_step_size: float = Plus.initial_step_size,
+        untrained: bool = False,
         usual: float = 0.0,
         matrices: Sequence[Tensor] = (),
         **options: float,
@@ -225,7 +226,7 @@ class PlusReference(Reference):
         )
         self.settings = vars(Plus(**options))
         self.total_steps = total_steps
-        self.untrained = usual > 0
+        self.untrained = untrained
         self.warm_up_to = usual  # step size, of weights that were never trained
         if matrices:  # of the body, after a head phase
             sizes = [

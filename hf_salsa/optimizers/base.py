@@ -398,7 +398,7 @@ class LineSearchOptimizer(Direction, Evaluating):
 
     def _of_weights(self, run: RunState) -> dict[str, float]:
         """Return what `Line` says of the weights before the first step size is found."""
-        if not (self.usual_step_size and self.rule_type.wants_usual_step_size):
+        if not self.rule_type.looks_at_weights:
             return {}
         with_gradients = [
             (group, param)
@@ -407,8 +407,8 @@ class LineSearchOptimizer(Direction, Evaluating):
             if param.grad is not None
         ]
         if never_trained([param for _, param in with_gradients]):
-            return {"usual_step_size": self.usual_step_size}
-        if not run.head_steps:
+            return {"untrained": True, "usual_step_size": self.usual_step_size}
+        if not (run.head_steps and self.usual_step_size):
             return {}
         body = ((p, g["step_size_factor"]) for g, p in with_gradients if not g["head"])
         return {"matrix_scale": matrix_scale(body)}

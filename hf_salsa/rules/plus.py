@@ -46,7 +46,7 @@ class PlusState(RuleState):
         agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found.
-        untrained: Whether the weights were never trained before; with SGD it is not asked.
+        untrained: Whether the weights were never trained before.
         warm_up_to: Where the warm-up ends; 0 if there is none.
         warming_up: Whether the step size still rises to it.
     """
@@ -99,8 +99,7 @@ class Plus(StepSizeRule[PlusState]):
                     the direction (sharpness follows the step size, so that a run that starts with
                     short steps would be held to them); after a new head was trained alone, to 0.02
                     of the step size whose steps may be as large as the matrices of the trained body
-                    (`Line.matrix_scale`). Where no step size is usual (SGD), there is none, and no
-                    weights count as untrained
+                    (`Line.matrix_scale`). Where no step size is usual (SGD), there is none
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
                     the square of that; B is `trust` times the mean loss of the first ten searches,
                     or the average of -<g, u> if that is larger: what one more step would gain.
@@ -137,7 +136,7 @@ class Plus(StepSizeRule[PlusState]):
 
     state_type: ClassVar[type[RuleState]] = PlusState
     looks_back: ClassVar[bool] = True
-    wants_usual_step_size: ClassVar[bool] = True
+    looks_at_weights: ClassVar[bool] = True
 
     first_share: float = 0.3
     trust: float = 0.006
@@ -234,8 +233,8 @@ class Plus(StepSizeRule[PlusState]):
                 change=state.change * shrinkage**2,
                 foreseen=state.foreseen * shrinkage,
             )
-        # From the usual step size on it is not enough that the loss has not risen: on a plateau
-        # nothing bends, and nothing would stop a step size that grows.
+        # From scratch it is not enough that the loss has not risen: on a plateau nothing bends,
+        # and nothing would stop a step size that grows.
         mean, deviation = self._start_of_run(state)
         ahead = 0.0
         if state.untrained and state.samples + 1 >= _FIRST:
@@ -301,12 +300,12 @@ class Plus(StepSizeRule[PlusState]):
             "first_losses": line.loss,
             "first_squares": line.loss * line.loss,
             "started_at": line.step,
+            "untrained": line.untrained,
         }
         warm_up_to = line.usual_step_size or _OF_MATRICES * line.matrix_scale
         if warm_up_to:
             found = state.accepted(
                 step_size=warm_up_to / self._warm_up_steps(line),
-                untrained=line.usual_step_size > 0,
                 warm_up_to=warm_up_to,
                 warming_up=self._warm_up_steps(line) > 1,
                 **begun,

@@ -41,13 +41,13 @@ class Line:
             it is not known, since the run has not taken one.
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
-        usual_step_size: What people use along this direction for weights that were never trained.
-            0 where they were, where there is no such habit, after the first step size is found, and
-            unless the rule has `wants_usual_step_size`.
+        untrained: Whether the weights were never trained. Asked before the first step size is
+            found, if the rule has `looks_at_weights`; else False, like the two below 0.
+        usual_step_size: What people use along this direction for such weights. 0 where they were
+            trained, and where no number is usual (SGD).
         matrix_scale: After a new head was trained alone: the step size at which one step may be as
             large as the matrices of the trained body. 0 without such a phase, where the matrices do
-            not say, after the first step size is found, where no step size is usual (SGD), and
-            unless the rule has `wants_usual_step_size`.
+            not say, and where no step size is usual.
     """
 
     loss_at: Callable[[float], float]
@@ -59,6 +59,7 @@ class Line:
     last_factor: float = 1.0
     step: int = 0
     total_steps: int = 0
+    untrained: bool = False
     usual_step_size: float = 0.0
     matrix_scale: float = 0.0
 
@@ -225,9 +226,9 @@ class StepSizeRule(ABC, Generic[State]):
     looks_back: ClassVar[bool] = False
     # Whether `Line.agreement` is used. It costs a pass over the gradients.
     wants_agreement: ClassVar[bool] = False
-    # Whether `Line.usual_step_size` and `Line.matrix_scale` are used. They cost a look at the
-    # biases and normalisations, or at the matrices, once.
-    wants_usual_step_size: ClassVar[bool] = False
+    # Whether `Line.untrained`, `usual_step_size` and `matrix_scale` are used. They cost a look at
+    # the biases and normalisations, and perhaps at the matrices, once.
+    looks_at_weights: ClassVar[bool] = False
     # Whether gradients are clipped as Trainer does it, unless the user says otherwise.
     clips_gradients: ClassVar[bool] = True
 

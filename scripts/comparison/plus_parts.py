@@ -9,7 +9,7 @@ from hf_salsa.rules import Line, Plus, PlusState
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured(Plus):
-    wants_usual_step_size: ClassVar[bool] = False
+    looks_at_weights: ClassVar[bool] = False
 
 
 class MeasuredStart(SaLSaAdamPlus):

@@ -21,7 +21,7 @@ from problems import (
 )
 from reference import Parameter, PlusReference
 
-from hf_salsa import SaLSaAdamPlus
+from hf_salsa import SaLSaAdamPlus, SaLSaSGDPlus
 from hf_salsa.optimizers import trial_points
 from hf_salsa.rules import plus
 
@@ -69,19 +69,27 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
 
 @both_directions
 @pytest.mark.parametrize("total_steps", [0, 237])
+@pytest.mark.parametrize("plus_type", [SaLSaAdamPlus, SaLSaSGDPlus])
 @silent
-def test_trajectory_of_weights_that_were_never_trained_is_the_references(direction, total_steps):
-    """Biases of 0, of which training moves every number."""
+def test_trajectory_of_weights_that_were_never_trained_is_the_references(
+    plus_type, direction, total_steps
+):
+    """Biases of 0, of which training moves every number. SGD has no warm-up."""
     weights, params = initial_weights(), parameters()
     for w in (*weights, *(p.data for p in params)):
         if w.dim() == 1:
             w.zero_()
     options = {"direction": direction, "steps_to_double": 3}
     options |= {"total_steps": total_steps} if total_steps else {"cool_down": 0.0}
-    optimizer = SaLSaAdamPlus(params, **options)
-    usual = SaLSaAdamPlus.usual_step_size
+    optimizer = plus_type(params, **options)
+    adam = plus_type is SaLSaAdamPlus
+    own = {} if adam else {"momentum": 0.9}
     reference = PlusReference(
-        "SaLSaAdamPlus", [Parameter(w) for w in weights], usual=usual, **options
+        plus_type.__name__,
+        [Parameter(w, **own) for w in weights],
+        untrained=True,
+        usual=1e-3 if adam else 0.0,
+        **options,
     )
     for x, y in batches(total_steps or 300):
         y = y + 1  # a loss that falls
@@ -92,9 +100,9 @@ def test_trajectory_of_weights_that_were_never_trained_is_the_references(directi
         torch.testing.assert_close(param.detach(), weight, rtol=0, atol=1e-3)
     assert optimizer.counters.searches == reference.searches
     assert optimizer.counters.trials - reference.trials == 2  # the checks of the first search
-    assert reference.decided["warmed up"] > 3
+    assert (reference.decided["warmed up"] > 3) == adam
     assert reference.decided["waited"] > 3
-    assert total_steps or reference.decided["grown"] > 2
+    assert total_steps or reference.decided["grown"] > 2 * adam
 
 
 @both_directions

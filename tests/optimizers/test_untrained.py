@@ -83,12 +83,13 @@ def test_adams_step_size_rises_to_the_usual_one_in_a_twentieth_of_the_run():
 
 
 @silent
-def test_sgd_has_no_usual_step_size():
+def test_sgd_has_no_usual_step_size_but_knows_that_weights_are_new():
     model = normalised()
     optimizer = SaLSaSGDPlus(model.parameters(), total_steps=400)
     train_regression(optimizer, model, 3)
     group = optimizer.param_groups[0]
     assert (group["warm_up_to"], group["warming_up"]) == (0.0, False)
+    assert group["untrained"]
     assert optimizer.last_search.trials == 1
 
 

@@ -140,7 +140,10 @@ def test_a_start_that_fails_leaves_everything_to_the_next(outcome, trials, line)
 USUAL = 2.0**-10
 WARM = replace(STARTED, warm_up_to=USUAL, warming_up=True, step_size=USUAL / 8)
 # After a head phase: the matrices of the body are of such a size that the same is right for them.
-WEIGHTS = {"untrained": {"usual_step_size": USUAL}, "head": {"matrix_scale": 50 * USUAL}}
+WEIGHTS = {
+    "untrained": {"untrained": True, "usual_step_size": USUAL},
+    "head": {"matrix_scale": 50 * USUAL},
+}
 
 
 @pytest.mark.parametrize(("total", "steps"), [(0, _UNKNOWN_WARM_UP), (400, 20), (459, 22), (10, 1)])
