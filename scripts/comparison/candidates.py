@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from comparison import tried_rules
 from comparison.former_plus import FormerPlusAdam, FormerPlusSGD
-from comparison.plus_parts import FixedBound, MeasuredStart
+from comparison.plus_parts import CosineTail, FixedBound, MeasuredStart
 from comparison.rivals import (
     AuthorsOptimizer,
     AuthorsTrainer,
@@ -73,7 +73,7 @@ def trained_as(name: str, task: Task) -> str:
 def _without(
     part: str, optimizer: type[SaLSaAdamPlus] = SaLSaAdamPlus, **options: Any
 ) -> Candidate:
-    """Return `salsa_adam_plus` without one of its parts."""
+    """Return `salsa_adam_plus` without one of its parts, or with another one."""
     return Candidate(part, optimizer=optimizer, options=options)
 
 
@@ -107,6 +107,7 @@ _OF_PLUS = {
     "plus_measured_start": _without("without warm-up", MeasuredStart),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_no_tail": _without("without the tail", cool_down=0.0),
+    "plus_cosine_tail": _without("with a cosine as its tail", CosineTail),
     "plus_go_back": Candidate(
         "with going back to good weights", {"optim": PLUS, "salsa_go_back": True}
     ),

@@ -1,5 +1,6 @@
-"""`salsa_adam_plus` without parts that no setting takes away."""
+"""`salsa_adam_plus` without parts that no setting takes away, or with others."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,3 +29,15 @@ class FixedBound(SaLSaAdamPlus):
     """Bounds the change of a step by a share of the loss at the start, whatever a step gains."""
 
     rule_type = _WithoutGains
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CosineTail(Plus):
+    def factor(self, step: int, total_steps: int) -> float:
+        return (1 - math.cos(math.pi * super().factor(step, total_steps))) / 2
+
+
+class CosineTail(SaLSaAdamPlus):
+    """Lets the step size fall along half a cosine, over the same share of the run."""
+
+    rule_type = _CosineTail

@@ -12,7 +12,7 @@ from comparison.candidates import BY_DEFAULT, CALIBRATED, CANDIDATES
 from comparison.former_plus import FormerPlusAdam
 from comparison.grid import be_quiet
 from comparison.loaders import Sources, load_text
-from comparison.plus_parts import FixedBound, MeasuredStart
+from comparison.plus_parts import CosineTail, FixedBound, MeasuredStart
 from comparison.runs import Run, make_trainer, prepare
 from comparison.tasks import PRESETS
 from comparison_helpers import SMOKE, carry_out, prose_run
@@ -59,7 +59,11 @@ def test_ablations_are_the_former_rule_without_one_part(tmp_path):
         assert run.configuration["candidate"] == expected
 
 
-OWN_RULES = {"plus_measured_start": MeasuredStart, "plus_fixed_bound": FixedBound}
+OWN_RULES = {
+    "plus_measured_start": MeasuredStart,
+    "plus_fixed_bound": FixedBound,
+    "plus_cosine_tail": CosineTail,
+}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,14 @@ def test_a_fixed_bound_knows_no_gains(rule, shrinks):
     state = PlusState(0.25, searches=1, first_losses=1.0, first_squares=1.0)
     line = Line(lambda eta: 1.0, 1.0, 0.0, 0.0, look_back=lambda: (1.0 + 0.04, -0.05), step=1)
     assert (rule.search(state, line)[1].step_size < 0.25) is shrinks
+
+
+def test_a_cosine_falls_over_the_same_share_of_the_run():
+    linear, cosine = Plus(), CosineTail.rule_type()
+    found = [rule.factor(k, 100) for k in (0, 40, 55, 70, 85, 99) for rule in (linear, cosine)]
+    expected = [1, 1, 1, 1, 0.75, 0.853553, 0.5, 0.5, 0.25, 0.146447, 1 / 60, 0.000685]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert Plus().factor(5, 0) == CosineTail.rule_type().factor(5, 0) == 1
 
 
 def test_a_candidate_goes_back_to_good_weights(tmp_path):
