@@ -21,8 +21,10 @@ def matrix_scale(weights: Iterable[tuple[Tensor, float]]) -> float:
 
     Args:
         weights: Each with the factor by which its steps are multiplied; sharded or not. More
-            dimensions than two count as columns, as of a convolution; vectors, also those of shape
-            (1, 1, n) or (n, 1, 1), are no matrices. All processes must ask.
+            dimensions than two count as the matrix of theirs that is closest to a square: of a
+            convolution output channels times the rest, of stacked experts nearly that of one.
+            Vectors, also those of shape (1, 1, n) or (n, 1, 1), are no matrices. All processes must
+            ask.
 
     Returns:
         s. 0 where the weights do not say: if there is no matrix, if one is 0 as the second one of
@@ -45,7 +47,9 @@ def matrix_scale(weights: Iterable[tuple[Tensor, float]]) -> float:
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1:].numel()
+    cuts = range(1, weight.dim())
+    shapes = ((weight.shape[:cut].numel(), weight.shape[cut:].numel()) for cut in cuts)
+    return max(shapes, key=min)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

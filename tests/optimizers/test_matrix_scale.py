@@ -38,6 +38,20 @@ def test_it_is_the_geometric_mean_over_matrices_large_and_small():
     assert factors == pytest.approx(2 * math.sqrt(of_first * of_kernel))
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        ((32, 16, 3, 3), 32, 144),  # a convolution
+        ((48, 1, 5, 5), 48, 25),  # of every channel for itself
+        ((24, 16, 3), 24, 48),
+        ((1, 50, 32), 50, 32),  # embeddings of positions, as of a vision transformer
+        ((8, 60, 40), 480, 40),  # eight experts: (60, 40) is one of them
+    ],
+)
+def test_weights_of_more_dimensions_are_the_matrix_closest_to_a_square(shape, rows, columns):
+    assert scale_of(torch.ones(shape)) == pytest.approx(rows**-0.5 + columns**-0.5)
+
+
 def test_vectors_are_no_matrices_whatever_their_shape():
     first = torch.full((9, 4), -0.5)
     vectors = [torch.ones(9), torch.tensor(7.0), torch.ones(1, 1, 9), torch.ones(9, 1, 1)]
