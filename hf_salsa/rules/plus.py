@@ -45,7 +45,8 @@ class PlusState(RuleState):
         foreseen: Smoothed -<g, u>.
         agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
         samples: How many searches the averages have seen.
-        started_at: The step of the run at which the first step size was found.
+        started_at: The step of the run at which the first step size was found; in a second run that
+            of its first search, if that is earlier.
         untrained: Whether the weights were never trained before.
         warm_up_to: Where the warm-up ends; 0 if there is none.
         warming_up: Whether the step size still rises to it.
@@ -159,6 +160,8 @@ class Plus(StepSizeRule[PlusState]):
             )
         if not state.step_size_known:
             return self._start(state, line)
+        if line.step < state.started_at:  # a second run counts its own steps
+            state = replace(state, started_at=line.step)
         taken = state.step_size
         warming_up, state = state.warming_up, self._warmed_up(state, line)
         seen = state
@@ -338,8 +341,8 @@ class Plus(StepSizeRule[PlusState]):
 
     @staticmethod
     def _steps(state: PlusState, line: Line) -> int:
-        """Return the steps since the start; a second run counts its own."""
-        return max(0, line.step - state.started_at)
+        """Return the steps since the start."""
+        return line.step - state.started_at
 
     @staticmethod
     def _share(line: Line) -> float:

@@ -171,9 +171,10 @@ def test_in_the_warm_up_the_step_size_rises_whatever_a_search_sees(change, loss)
 
 
 def test_a_second_run_that_begins_in_the_warm_up_begins_it_anew():
-    warm = replace(WARM, started_at=3)
-    _, state, _ = look(warm, step=0, total_steps=400)
-    assert (state.step_size, state.warming_up) == (USUAL / 20, True)
+    state = replace(WARM, started_at=10)  # after a head phase
+    for step in (0, 1, 5):
+        _, state, _ = look(state, step=step, total_steps=400)
+        assert (state.step_size, state.warming_up) == (USUAL * (step + 1) / 20, True)
 
 
 def test_the_slope_of_the_record_is_that_at_the_step_size_that_was_taken():
