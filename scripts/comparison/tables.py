@@ -134,13 +134,13 @@ def seconds_table(comparison: Comparison) -> list[str]:
 
 
 class Beside(NamedTuple):
-    """One run of a candidate beside the one whose rate was searched, on one task.
+    """A candidate beside the one whose rate was searched, on one task and the seeds of both.
 
     Attributes:
         ratio: Of the final training losses, those below `SMALLEST_LOSS` counted as that.
         ahead: Difference of the peak metrics.
         stands: The ratio is at most `STANDS`, and the metric no worse than the other's mean by more
-            than its standard error.
+            than its standard error, that over all of its seeds.
     """
 
     ratio: float
@@ -156,16 +156,22 @@ def counted(loss: float) -> float:
 def beside_sweep(comparison: Comparison, task: str) -> dict[str, Beside]:
     """Return how each candidate stands beside a sweep; empty where none was made or it failed."""
     swept = comparison.swept
-    losses = comparison.cells(task, "final_training_loss")
-    metrics = comparison.cells(task, "peak_metric")
-    if swept not in losses or math.isnan(losses[swept].mean + metrics[swept].mean):
+    all_losses = comparison.cells(task, "final_training_loss")
+    all_metrics = comparison.cells(task, "peak_metric")
+    if swept not in all_losses or math.isnan(all_losses[swept].mean + all_metrics[swept].mean):
         return {}
+    error = all_metrics[swept].error or 0.0
     found = {}
-    for name in losses.keys() - {swept}:
+    for name in all_losses.keys() - {swept}:
+        both = {candidate: comparison.labels[candidate] for candidate in (name, swept)}
+        losses = comparison.cells(task, "final_training_loss", both, paired=True)
+        metrics = comparison.cells(task, "peak_metric", both, paired=True)
+        if not losses:
+            continue
         ratio = counted(losses[name].mean) / counted(losses[swept].mean)
         ahead = metrics[name].mean - metrics[swept].mean
         behind = ahead if comparison.lower_is_better(task) else -ahead
-        stands = ratio <= STANDS and behind <= (metrics[swept].error or 0.0)
+        stands = ratio <= STANDS and behind <= error
         found[name] = Beside(ratio, ahead, stands)
     return found
 
@@ -196,10 +202,10 @@ def sweep_section(comparison: Comparison) -> list[str]:
     rows.append(["stands", *counts])
     return [
         "## Beside a sweep",
-        f"One run of each candidate beside {comparison.labels[swept]}: its final training loss as "
-        "a ratio / the difference of the peak metrics. **Bold**: it stands beside the sweep, with "
-        f"at most {STANDS} times its loss (below {SMALLEST_LOSS} both count as that) and a metric "
-        "no worse than its mean by more than its standard error.",
+        f"Each candidate beside {comparison.labels[swept]}, on the seeds of both: its final "
+        "training loss as a ratio / the difference of the peak metrics. **Bold**: it stands beside "
+        f"the sweep, with at most {STANDS} times its loss (below {SMALLEST_LOSS} both count as "
+        "that) and a metric no worse than its mean by more than its standard error.",
         markdown(["", *others.values()], rows),
     ]
 

@@ -137,7 +137,8 @@ def test_what_stands_beside_a_sweep(tmp_path):
         ("adam", None, 0.5),
     ):
         of_probe = {"task": "probe", "peak_metric": metric, "final_training_loss": loss}
-        write_results(tmp_path, candidate, 0, **of_probe)
+        for seed in (0, 1):
+            write_results(tmp_path, candidate, seed, **of_probe)
     # The metric of prose is a loss: less is better, and one seed has no standard error.
     write_results(tmp_path, CALIBRATED, 0, peak_metric=2.0, final_training_loss=2.0)
     write_results(tmp_path, "sgd", 0, peak_metric=2.01, final_training_loss=2.0)
@@ -155,6 +156,22 @@ def test_what_stands_beside_a_sweep(tmp_path):
         "| Prose | 1.00 / +0.0100 | **1.05 / -0.5000** |  |",
         "| stands | 1 of 2 | 1 of 2 | 0 of 1 |",
     ]
+
+
+def test_a_candidate_is_put_beside_the_sweep_on_the_seeds_of_both(tmp_path):
+    write_results(tmp_path, CALIBRATED, 100, folder=f"{CALIBRATED}_at_0.001", rate=1e-3)
+    for seed, metric in ((0, 2.0), (1, 1.0)):  # a loss, with a standard error of 0.5
+        write_results(
+            tmp_path, CALIBRATED, seed, peak_metric=metric, final_training_loss=3 - metric
+        )
+    write_results(tmp_path, "adam", 1, peak_metric=1.4, final_training_loss=2.0)
+    write_results(tmp_path, "sgd", 0, peak_metric=2.6, final_training_loss=1.0)
+    write_results(tmp_path, "salsa_adam", 2)
+    names = {"adam": "Adam", "sgd": "SGD", "salsa_adam": "SaLSa", CALIBRATED: "AdamW"}
+    found = beside_sweep(Comparison(tmp_path, names, tuple(SMOKE), {}), "prose")
+    assert found.keys() == {"adam", "sgd"}
+    assert found["adam"] == pytest.approx((1.0, 0.4, True))
+    assert found["sgd"] == pytest.approx((1.0, 0.6, False))
 
 
 @pytest.mark.parametrize(("loss", "stands"), [(0.021, True), (0.0211, False), (1e-9, True)])
