@@ -242,9 +242,10 @@ class PlusReference(Reference):
         self.losses: list[float] = []
         self.changes: list[float] = []  # |D|
         self.gains: list[float] = []  # -<g, u>
+        self.compared: list[tuple[float, float]] = []  # losses, and means of the first then
         self.signs: list[float] = []  # of -<g, u>
         # Searches in which each of them decided.
-        names = ["warmed up", "shrunk", "out of range", "waited", "grown", "gained"]
+        names = ["warmed up", "shrunk", "out of range", "waited", "still", "grown", "gained"]
         self.decided = dict.fromkeys(names, 0)
 
     def factor(self, k: int) -> float:
@@ -283,6 +284,7 @@ class PlusReference(Reference):
         limit = plus._SAMPLE_LIMIT * max(bound, self.average(self.gains))
         change = min(abs(loss(self.before).item() - f0 + foreseen) / tail**2, limit)
         self.losses.append(f0)
+        self.compared.append((f0, mean))
         self.changes.append(change)
         self.signs.append(math.copysign(foreseen != 0, -foreseen))
         if self.warming_up:
@@ -309,7 +311,8 @@ class PlusReference(Reference):
         out_of_range = too_high and change > bound / plus._HARDLY
         gain = self.average(self.gains)
         self.decided["gained"] += gain > bound
-        bound = max(bound, gain)
+        if not self.untrained:
+            bound = max(bound, gain)
         ratio = bound / change if change > 0 else math.inf
         if change > bound or out_of_range:
             shrinkage = 0.5 if out_of_range else max(0.5, ratio ** (self.n / plus._STEPS_TO_RETURN))
@@ -318,12 +321,16 @@ class PlusReference(Reference):
             self.gains = [x * shrinkage for x in self.gains]
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
-        beta = plus._BETA_AGREEMENT  # an average that starts at 0: a few votes are no majority
+        beta = plus._BETA_LONG  # an average that starts at 0: a few votes are no majority
         votes = sum((1 - beta) * beta**age * s for age, s in enumerate(reversed(self.signs)))
         disagree = votes <= (0 if self.untrained else plus._MAJORITY)
-        high = f > mean - (
-            plus._OUT_OF_RANGE * math.sqrt(variance) if self.untrained and wide else 0
-        )
+        high = f > mean
+        if self.untrained and wide:
+            limited = [min(x, plus._UNKNOWN_RANGE * m) for x, m in self.compared]
+            longer = self.average(limited, beta)
+            spread = self.average([(x - longer) ** 2 for x in limited], beta)
+            high = f >= longer - plus._FALLING * math.sqrt(spread)
+        self.decided["still"] += high and not disagree
         if self.factor(self.k - 1) < 1 or high or disagree:
             self.decided["waited"] += 1
             return

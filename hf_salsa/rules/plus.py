@@ -13,8 +13,9 @@ from .first import find_first
 from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
-_BETA_AGREEMENT = 0.9  # of signs: about the last ten searches vote
+_BETA_LONG = 0.9  # of signs, and of losses to compare with: about the last ten searches
 _MAJORITY = 1 / 3  # two thirds of the votes; the standard error of chance is 0.23
+_FALLING = 0.4  # standard deviations of losses below the longer average; 1.5 standard errors
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
 _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
@@ -41,6 +42,9 @@ class PlusState(RuleState):
             of those before.
         first_squares: The same of their squares.
         loss: Smoothed loss.
+        longer_loss: Smoothed loss of about the last ten searches, each at most three times the mean
+            of the first ten.
+        longer_squares: The same of its square.
         change: Smoothed |D|.
         foreseen: Smoothed -<g, u>.
         agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
@@ -56,15 +60,19 @@ class PlusState(RuleState):
         "first_losses": (1, 0),
         "first_squares": (2, 0),
         "loss": (1, 0),
+        "longer_loss": (1, 0),
+        "longer_squares": (2, 0),
         "change": (1, 0),
         "foreseen": (1, 0),
         "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 6
+    rule_version: int = 7
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
+    longer_loss: float = 0.0
+    longer_squares: float = 0.0
     change: float = 0.0
     foreseen: float = 0.0
     agreement: float = 0.0
@@ -103,17 +111,17 @@ class Plus(StepSizeRule[PlusState]):
                     (`Line.matrix_scale`). Where no step size is usual (SGD), there is none
         |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
                     the square of that; B is `trust` times the mean loss of the first ten searches,
-                    or the average of -<g, u> if that is larger: what one more step would gain.
-                    One sample counts at most ten times its bound
+                    or (not if untrained) the average of -<g, u> if that is larger: what one more
+                    step would gain. One sample counts at most ten times its bound
         |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
                     searches (untrained: in most of them): the loss of new mini-batches still falls
                     where steps ended. With a bare majority a trained body's would grow by chance
         loss        it does not grow while the average of the loss is above the mean of the first
-                    ten (untrained, from the tenth on: above two standard deviations below it), and
-                    halves while it is above that mean by more than two standard deviations (before
-                    the tenth: above three times the mean) and |D| is above B / 100: a run needs
-                    steps to come back
+                    ten (untrained, from the tenth on: unless it is 0.4 standard deviations below
+                    the average of about the last ten), and halves while it is above that mean by
+                    more than two standard deviations (before the tenth: above three times the mean)
+                    and |D| is above B / 100: a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -199,6 +207,7 @@ class Plus(StepSizeRule[PlusState]):
         factor = line.last_factor or 1.0  # 0 only where nothing was looked at
         foreseen = -slope_before / factor
         slope = foreseen / taken  # where the step ended
+        loss = min(line.loss, _UNKNOWN_RANGE * mean)  # one mini-batch must not decide
         most = _SAMPLE_LIMIT * bound
         gain = moving_average(state.foreseen, max(-most, min(foreseen, most)), _BETA)
         # Gains may raise the bound up to that limit: a change must be able to exceed it.
@@ -207,9 +216,11 @@ class Plus(StepSizeRule[PlusState]):
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
+            longer_loss=moving_average(state.longer_loss, loss, _BETA_LONG),
+            longer_squares=moving_average(state.longer_squares, loss * loss, _BETA_LONG),
             change=moving_average(state.change, change, _BETA),
             foreseen=gain,
-            agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_AGREEMENT),
+            agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_LONG),
             samples=state.samples + 1,
         )
         if not warming_up:
@@ -223,8 +234,10 @@ class Plus(StepSizeRule[PlusState]):
         change = state.change / (1 - _BETA**state.samples)
         # Where its steps hardly show, only more of them can bring it back.
         out_of_range = self.out_of_range(state) and change > bound / _HARDLY
-        # As long as the next step gains more, it may change as much.
-        bound = max(bound, state.foreseen / (1 - _BETA**state.samples))
+        if not state.untrained:
+            # As long as the next step gains more, it may change as much. From scratch a few lucky
+            # mini-batches would let it: their gains differ more.
+            bound = max(bound, state.foreseen / (1 - _BETA**state.samples))
         if change > bound or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
@@ -236,15 +249,12 @@ class Plus(StepSizeRule[PlusState]):
                 change=state.change * shrinkage**2,
                 foreseen=state.foreseen * shrinkage,
             )
-        # From scratch it is not enough that the loss has not risen: on a plateau nothing bends,
-        # and nothing would stop a step size that grows.
-        mean, deviation = self._start_of_run(state)
-        ahead = 0.0
         if state.untrained and state.samples + 1 >= _FIRST:
-            ahead = _OUT_OF_RANGE * deviation
-        risen = self.averaged_loss(state) > mean - ahead
+            may_grow = self._falls(state)
+        else:
+            may_grow = self.averaged_loss(state) <= self._start_of_run(state)[0]
         majority = 0.0 if state.untrained else _MAJORITY
-        if line.last_factor < 1 or state.agreement <= majority or risen:
+        if line.last_factor < 1 or state.agreement <= majority or not may_grow:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:
@@ -262,6 +272,18 @@ class Plus(StepSizeRule[PlusState]):
         """Return whether the averaged loss is out of the range in which the run started."""
         mean, deviation = self._start_of_run(state)
         return self.averaged_loss(state) > mean + _OUT_OF_RANGE * deviation
+
+    @classmethod
+    def _falls(cls, state: PlusState) -> bool:
+        """Return whether the loss falls by more than mini-batches differ.
+
+        From scratch it is not enough that it has not risen: on a plateau, or after a loss that went
+        up, little bends, and nothing would stop a step size that grows.
+        """
+        weight = 1 - _BETA_LONG**state.samples
+        longer = state.longer_loss / weight
+        deviation = math.sqrt(max(0.0, state.longer_squares / weight - longer * longer))
+        return cls.averaged_loss(state) < longer - _FALLING * deviation
 
     @staticmethod
     def gone_back(state: PlusState, kept: PlusState) -> PlusState:
@@ -372,7 +394,7 @@ class Plus(StepSizeRule[PlusState]):
             "weights were never trained or a new head was trained first, may double within "
             f"{double} where its steps change little and new mini-batches want more of them, and "
             "is kept where a step changes the loss of the next mini-batch beside what its gradient "
-            f"foresees by at most {100 * self.trust:.3g} % of the loss at the start, or by what "
-            "one more step would gain. "
+            f"foresees by at most {100 * self.trust:.3g} % of the loss at the start, or, where "
+            "the weights were trained before, by what one more step would gain. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

@@ -101,8 +101,9 @@ def test_trajectory_of_weights_that_were_never_trained_is_the_references(
     assert optimizer.counters.searches == reference.searches
     assert optimizer.counters.trials - reference.trials == 2  # the checks of the first search
     assert (reference.decided["warmed up"] > 3) == adam
-    assert reference.decided["waited"] > 3
-    assert total_steps or reference.decided["grown"] > 2 * adam
+    assert reference.decided["still"] > 0  # votes alone would have let it grow
+    assert reference.decided["gained"] > 0  # and gains, more
+    assert (reference.decided["grown"] > 0) == adam
 
 
 @both_directions

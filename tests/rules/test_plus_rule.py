@@ -15,9 +15,10 @@ from hf_salsa.rules import Line, Plus, PlusState
 from hf_salsa.rules.first import _BISECTIONS, _MOST_TRIALS, _STRIDE
 from hf_salsa.rules.plus import (
     _BETA,
-    _BETA_AGREEMENT,
+    _BETA_LONG,
     _C,
     _DENSE,
+    _FALLING,
     _FIRST,
     _HARDLY,
     _MAJORITY,
@@ -47,10 +48,26 @@ def seen(*, change=0.0, loss=1.0, agreement=1.0, **changed):
         first_squares=_FIRST * (1 + DEVIATION**2),
         loss=weight * loss,
         change=weight * change,
-        agreement=(1 - _BETA_AGREEMENT**SAMPLES) * agreement,
+        agreement=(1 - _BETA_LONG**SAMPLES) * agreement,
         samples=SAMPLES,
     )
     return replace(state, **changed)
+
+
+LOSS = 0.5  # of `falling`
+
+
+def falling(behind, **changed):
+    """A state that, once it has seen `LOSS`, is so many times as far below as it must be."""
+    weight = 1 - _BETA_LONG ** (SAMPLES + 1)
+    longer = LOSS + behind * _FALLING * DEVIATION
+    squares = DEVIATION**2 + longer**2
+    return seen(
+        loss=LOSS,
+        longer_loss=(weight * longer - (1 - _BETA_LONG) * LOSS) / _BETA_LONG,
+        longer_squares=(weight * squares - (1 - _BETA_LONG) * LOSS**2) / _BETA_LONG,
+        **changed,
+    )
 
 
 def look(state, change=0.0, *, loss=1.0, slope=1e9, foreseen=0.5, settings=SETTINGS, **line):
@@ -200,14 +217,28 @@ def test_after_the_warm_up_the_trust_region_decides_and_no_second_run_warms_up(l
     assert later.step_size < over.step_size
 
 
-@pytest.mark.parametrize(("behind", "grows"), [(1.9, False), (2.1, True)])
-def test_on_a_plateau_a_step_size_does_not_grow_beyond_the_usual(behind, grows):
-    """Trained weights, which start with shorter steps, grow on it."""
-    loss = 1 - behind * DEVIATION
+@pytest.mark.parametrize("start", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("behind", "grows"), [(-1.0, False), (0.0, False), (0.9, False), (1.1, True)]
+)
+def test_from_scratch_a_step_size_grows_only_while_the_loss_falls(behind, grows, start):
+    """By 0.4 deviations below the longer average; wherever the loss began, here at `start`."""
+    found = {}
     for untrained in (False, True):
-        state = seen(loss=loss, step_size=USUAL, warm_up_to=USUAL, untrained=untrained)
-        _, found, _ = look(state, 0.0, loss=loss)
-        assert (found.step_size > USUAL) == (grows or not untrained)
+        state = falling(behind, step_size=USUAL, untrained=untrained)
+        sums = {"first_losses": _FIRST * start, "first_squares": _FIRST * start**2}
+        state = replace(state, **sums)
+        found[untrained] = look(state, 0.0, loss=LOSS)[1].step_size
+    assert (found[True] > USUAL) == grows
+    assert (found[False] > USUAL) == (start > LOSS)  # trained weights are told by the start alone
+
+
+def test_one_hard_mini_batch_counts_at_most_three_times_the_first_ones():
+    """Else its square would be all that the deviation is for the rest of the run."""
+    _, found, _ = look(seen(loss=0.5), loss=1e200)
+    _, limited, _ = look(seen(loss=0.5), loss=3.0)
+    assert found.longer_loss == limited.longer_loss == pytest.approx(0.1 * 3.0)
+    assert found.longer_squares == limited.longer_squares == pytest.approx(0.1 * 9.0)
 
 
 @pytest.mark.parametrize("untrained", [False, True])
@@ -235,7 +266,7 @@ def test_a_search_looks_back_once_and_measures_what_the_gradient_did_not_foresee
     assert state.loss / 1.5 == new
     most = _SAMPLE_LIMIT * SETTINGS.trust * 1.25  # less than 0.125
     assert state.foreseen == pytest.approx((1 - _BETA) * most)
-    assert state.agreement == pytest.approx(1 - _BETA_AGREEMENT)
+    assert state.agreement == pytest.approx(1 - _BETA_LONG)
     assert record.slope == 0.125 / 0.25
     assert (state.first_losses, state.first_squares) == (2.5, 3.25)
 
@@ -259,9 +290,14 @@ def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples):
 @pytest.mark.parametrize(
     ("foreseen", "bound"), [(3 * BOUND, 3 * BOUND), (BOUND / 2, BOUND), (-3 * BOUND, BOUND)]
 )
-def test_a_step_may_change_as_much_as_the_next_one_gains(foreseen, bound):
-    """By the average of what the gradient foresees, in the tail of a step without the tail."""
-    state = seen(foreseen=(1 - _BETA**SAMPLES) * foreseen)
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_step_may_change_as_much_as_the_next_one_gains(foreseen, bound, untrained):
+    """By the average of what the gradient foresees, in the tail of a step without the tail.
+
+    From scratch, where gains of mini-batches differ more, it may not.
+    """
+    state = seen(foreseen=(1 - _BETA**SAMPLES) * foreseen, untrained=untrained)
+    bound = BOUND if untrained else bound
     for share, shrinks in [(0.98, False), (1.02, True)]:
         for factor in (1.0, 0.5):
             changed = replace(state, change=(1 - _BETA**SAMPLES) * share * bound)
@@ -388,21 +424,21 @@ def test_where_changes_are_small_the_step_size_grows(steps, share, total_steps):
 @pytest.mark.parametrize(("untrained", "majority"), [(False, 1 / 3), (True, 0.0)])
 def test_it_does_not_grow_unless_enough_searches_want_more_of_its_steps(untrained, majority):
     """Two thirds of them, or most; the average decides, whatever this one says."""
-    weight = 1 - _BETA_AGREEMENT**SAMPLES
+    weight = 1 - _BETA_LONG**SAMPLES
     for agreement in (-1.0, 0.0, majority - 1e-3):  # with the vote of this one
-        before = (agreement - 0.1) / _BETA_AGREEMENT / weight
-        state = seen(agreement=before, untrained=untrained, loss=0.5)
-        assert look(state, loss=0.5, foreseen=-0.5)[1].step_size == 0.25
+        before = (agreement - 0.1) / _BETA_LONG / weight
+        state = falling(2.0, agreement=before, untrained=untrained)
+        assert look(state, loss=LOSS, foreseen=-0.5)[1].step_size == 0.25
     for agreement in (majority + 1e-3, 0.8):
-        before = (agreement + 0.1) / _BETA_AGREEMENT / weight
-        state = seen(agreement=before, untrained=untrained, loss=0.5)
-        assert look(state, loss=0.5, foreseen=0.5)[1].step_size > 0.25
+        before = (agreement + 0.1) / _BETA_LONG / weight
+        state = falling(2.0, agreement=before, untrained=untrained)
+        assert look(state, loss=LOSS, foreseen=0.5)[1].step_size > 0.25
 
 
 def test_each_search_has_one_vote():
     """A mini-batch of another kind, with a slope a thousand times steeper, has no more."""
     little, much = (look(seen(), foreseen=foreseen)[1].agreement for foreseen in (1e-3, 1e3))
-    assert little == much == pytest.approx(seen().agreement * _BETA_AGREEMENT - 0.1)
+    assert little == much == pytest.approx(seen().agreement * _BETA_LONG - 0.1)
 
 
 # --- the tail -----------------------------------------------------------------------------------
