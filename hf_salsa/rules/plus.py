@@ -15,7 +15,7 @@ from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
 _BETA_LONG = 0.9  # of signs, and of losses to compare with: about the last ten searches
 _MAJORITY = 1 / 3  # two thirds of the votes; the standard error of chance is 0.23
-_FALLING = 0.4  # standard deviations of losses below the longer average; 1.5 standard errors
+_FALLING = 0.4  # deviations of losses between the averages; 1.5 standard errors of that
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
 _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
