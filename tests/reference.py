@@ -246,6 +246,7 @@ class PlusReference(Reference):
         self.signs: list[float] = []  # of -<g, u>
         # Searches in which each of them decided.
         names = ["warmed up", "shrunk", "out of range", "waited", "still", "grown", "gained"]
+        names.append("tolerated")
         self.decided = dict.fromkeys(names, 0)
 
     def factor(self, k: int) -> float:
@@ -282,7 +283,9 @@ class PlusReference(Reference):
         most = plus._SAMPLE_LIMIT * bound
         self.gains.append(min(max(-foreseen / tail, -most), most))
         limit = plus._SAMPLE_LIMIT * max(bound, self.average(self.gains))
-        change = min(abs(loss(self.before).item() - f0 + foreseen) / tail**2, limit)
+        change = loss(self.before).item() - f0 + foreseen
+        change = abs(change) if self.untrained else max(change, 0.0)
+        change = min(change / tail**2, limit)
         self.losses.append(f0)
         self.compared.append((f0, mean))
         self.changes.append(change)
@@ -313,9 +316,12 @@ class PlusReference(Reference):
         self.decided["gained"] += gain > bound
         if not self.untrained:
             bound = max(bound, gain)
-        ratio = bound / change if change > 0 else math.inf
-        if change > bound or out_of_range:
-            shrinkage = 0.5 if out_of_range else max(0.5, ratio ** (self.n / plus._STEPS_TO_RETURN))
+        limit = bound
+        if not self.untrained:
+            limit = max(gain, plus._TOLERATED * self.settings["trust"] * mean)
+        if change > limit or out_of_range:
+            by_change = (limit / change) ** (self.n / plus._STEPS_TO_RETURN) if change > 0 else 1.0
+            shrinkage = 0.5 if out_of_range else max(0.5, by_change)
             self.eta *= shrinkage
             self.changes = [x * shrinkage**2 for x in self.changes]
             self.gains = [x * shrinkage for x in self.gains]
@@ -331,9 +337,11 @@ class PlusReference(Reference):
             spread = self.average([(x - longer) ** 2 for x in limited], beta)
             high = f >= longer - plus._FALLING * math.sqrt(spread)
         self.decided["still"] += high and not disagree
-        if self.factor(self.k - 1) < 1 or high or disagree:
+        self.decided["tolerated"] += change > bound
+        if self.factor(self.k - 1) < 1 or high or disagree or change > bound:
             self.decided["waited"] += 1
             return
+        ratio = bound / change if change > 0 else math.inf
         by_change = ratio ** (self.n / (plus._STEPS_TO_COME_UP * self.share))
         self.eta *= min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
         self.decided["grown"] += 1

@@ -21,6 +21,7 @@ _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
+_TOLERATED = 3  # times the bound: so far trained weights keep their step size
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
 _UNKNOWN_RANGE = 3  # times their mean, as long as they are too few for a deviation
@@ -67,7 +68,7 @@ class PlusState(RuleState):
         "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 7
+    rule_version: int = 8
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
@@ -199,9 +200,12 @@ class Plus(StepSizeRule[PlusState]):
             searched = state.accepted(search_interval=self._interval(state, line))
             return self._record(line, searched, loss_before, 0.0, trials=int(shown)), searched
 
-        change = abs(loss_before - line.loss + slope_before)  # |D|
+        change = loss_before - line.loss + slope_before  # D
         if not math.isfinite(change):
             change = math.inf
+        # Trained weights have mini-batches that bend one way and others that bend the other (batch
+        # normalisation): what counts is how the loss rises.
+        change = abs(change) if state.untrained else max(change, 0.0)
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
         factor = line.last_factor or 1.0  # 0 only where nothing was looked at
@@ -234,14 +238,16 @@ class Plus(StepSizeRule[PlusState]):
         change = state.change / (1 - _BETA**state.samples)
         # Where its steps hardly show, only more of them can bring it back.
         out_of_range = self.out_of_range(state) and change > bound / _HARDLY
+        limit = bound
         if not state.untrained:
             # As long as the next step gains more, it may change as much. From scratch a few lucky
             # mini-batches would let it: their gains differ more.
             bound = max(bound, state.foreseen / (1 - _BETA**state.samples))
-        if change > bound or out_of_range:
+            limit = max(_TOLERATED * limit, bound)
+        if change > limit or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
-                shrinkage = max(shrinkage, (bound / change) ** (steps / _STEPS_TO_RETURN))
+                shrinkage = max(shrinkage, (limit / change) ** (steps / _STEPS_TO_RETURN))
             return replace(
                 state,
                 step_size=state.step_size * shrinkage,
@@ -253,8 +259,8 @@ class Plus(StepSizeRule[PlusState]):
             may_grow = self._falls(state)
         else:
             may_grow = self.averaged_loss(state) <= self._start_of_run(state)[0]
-        majority = 0.0 if state.untrained else _MAJORITY
-        if line.last_factor < 1 or state.agreement <= majority or not may_grow:
+        may_grow = may_grow and state.agreement > (0.0 if state.untrained else _MAJORITY)
+        if change > bound or line.last_factor < 1 or not may_grow:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
         if change > 0:

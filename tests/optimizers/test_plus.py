@@ -64,7 +64,7 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
         expected = {"shrunk", "grown" if case.adam else "gained"}
     if variant != "defaults":
         expected |= {"out of range"}
-    assert decided >= expected
+    assert decided >= expected | {"tolerated"}
 
 
 @both_directions

@@ -28,6 +28,7 @@ from hf_salsa.rules.plus import (
     _SAMPLE_LIMIT,
     _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
+    _TOLERATED,
     _UNKNOWN_WARM_UP,
 )
 
@@ -35,6 +36,7 @@ SETTINGS = Plus()
 BOUND = SETTINGS.trust  # B where the first losses are 1
 NEW = PlusState(step_size=SETTINGS.initial_step_size)
 STARTED = PlusState(step_size=0.25, searches=1, first_losses=1.0, first_squares=1.0)
+LIMITS = {False: _TOLERATED * BOUND, True: BOUND}  # untrained -> above what eta shrinks
 SAMPLES = 50
 DEVIATION = 0.125  # of the first losses of `seen`
 
@@ -272,14 +274,15 @@ def test_a_search_looks_back_once_and_measures_what_the_gradient_did_not_foresee
 
 
 @pytest.mark.parametrize("samples", [0, 3, _FIRST - 2, _FIRST - 1, SAMPLES])
-def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples):
+@pytest.mark.parametrize("untrained", [False, True])
+def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples, untrained):
     """The losses so far are 1, this one is 3 and of the first ten or not."""
     count = min(samples + 1, _FIRST)
     sums = {"first_losses": float(count), "first_squares": 1e6}
-    bound = SETTINGS.trust * (1.0 if count == _FIRST else (count + 3.0) / (count + 1))
+    bound = LIMITS[untrained] * (1.0 if count == _FIRST else (count + 3.0) / (count + 1))
     for share, shrinks in [(0.999, False), (1.001, True)]:
         average = (1 - _BETA**samples) * share * bound
-        state = replace(STARTED, samples=samples, change=average, **sums)
+        state = replace(STARTED, samples=samples, change=average, untrained=untrained, **sums)
         _, found, _ = look(state, share * bound, loss=3.0)
         assert (found.step_size < 0.25) is shrinks
         first = count < _FIRST
@@ -287,26 +290,38 @@ def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples):
         assert found.first_squares == 1e6 + 9.0 * first
 
 
-@pytest.mark.parametrize(
-    ("foreseen", "bound"), [(3 * BOUND, 3 * BOUND), (BOUND / 2, BOUND), (-3 * BOUND, BOUND)]
-)
+@pytest.mark.parametrize("foreseen", [5 * BOUND, 2 * BOUND, BOUND / 2, -3 * BOUND])
 @pytest.mark.parametrize("untrained", [False, True])
-def test_a_step_may_change_as_much_as_the_next_one_gains(foreseen, bound, untrained):
+def test_a_step_may_change_as_much_as_the_next_one_gains(foreseen, untrained):
     """By the average of what the gradient foresees, in the tail of a step without the tail.
 
     From scratch, where gains of mini-batches differ more, it may not.
     """
     state = seen(foreseen=(1 - _BETA**SAMPLES) * foreseen, untrained=untrained)
-    bound = BOUND if untrained else bound
+    limit = BOUND if untrained else max(LIMITS[False], foreseen)
     for share, shrinks in [(0.98, False), (1.02, True)]:
         for factor in (1.0, 0.5):
-            changed = replace(state, change=(1 - _BETA**SAMPLES) * share * bound)
-            change = share * bound * factor**2
+            changed = replace(state, change=(1 - _BETA**SAMPLES) * share * limit)
+            change = share * limit * factor**2
             _, found, _ = look(changed, change, foreseen=-foreseen * factor, last_factor=factor)
             assert (found.step_size < 0.25) is shrinks
             shrunk = found.step_size / 0.25 if shrinks else 1
             expected = (1 - _BETA ** (SAMPLES + 1)) * foreseen * shrunk
             assert found.foreseen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "gains", "moves"),
+    [(0.98, 0.5, 1), (1.02, 0.5, 0), (1.98, 2, 1), (2.02, 2, 0), (2.98, 0.5, 0), (3.02, 0.5, -1)],
+)
+def test_between_its_bound_and_three_times_that_trained_weights_keep_the_step_size(
+    share, gains, moves
+):
+    """It grows up to the bound, or to what one more step gains if that is more."""
+    weight = 1 - _BETA**SAMPLES
+    state = seen(change=share * BOUND, loss=0.5, foreseen=weight * gains * BOUND)
+    found = look(state, share * BOUND, loss=0.5, foreseen=-gains * BOUND)[1]
+    assert (found.step_size > 0.25) - (found.step_size < 0.25) == moves
 
 
 @pytest.mark.parametrize("gain", [9.9, 12.0, 1e6])
@@ -319,12 +334,14 @@ def test_however_much_a_step_gains_it_may_not_change_far_more(gain):
     assert state.step_size < 0.25 / 8
 
 
-@pytest.mark.parametrize("change", [BOUND / 3, 3 * BOUND, 99 * BOUND])
-def test_a_change_counts_whichever_way_it_goes(change):
-    """A loss that bends down under a step is left as fast as one that bends up."""
-    up, down = (look(STARTED, sign * change)[1] for sign in (1, -1))
+@pytest.mark.parametrize("change", [BOUND / 3, 4 * BOUND, 99 * BOUND])
+def test_a_change_counts_whichever_way_it_goes_from_scratch_and_else_upwards(change):
+    up, down = (look(replace(STARTED, untrained=True), x)[1] for x in (change, -change))
     assert up.change == pytest.approx(down.change)
     assert up.step_size == pytest.approx(down.step_size)
+    trained = look(STARTED, change)[1]
+    assert (trained.step_size < 0.25) is (change > LIMITS[False])
+    assert look(STARTED, -change)[1].change == 0
 
 
 @pytest.mark.parametrize("change", [1e3 * BOUND, math.inf, -math.inf, math.nan])
@@ -389,14 +406,17 @@ def test_a_negative_loss_is_refused_in_the_beginning(samples):
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
 @pytest.mark.parametrize("excess", [1.01, 3.0, 9.9])
-def test_too_large_a_change_shrinks_the_step_size(steps, excess):
-    """At several times its bound it comes back in ten steps; at most by half at once."""
-    state = replace(STARTED, steps_since_search=steps - 1)
-    _, found, _ = look(state, excess * BOUND)
-    shrinkage = max(0.5, excess ** (-steps / _STEPS_TO_RETURN))
+@pytest.mark.parametrize("untrained", [False, True])
+def test_too_large_a_change_shrinks_the_step_size(steps, excess, untrained):
+    """At several times its limit it comes back in ten steps; at most by half at once."""
+    change = excess * LIMITS[untrained]
+    state = replace(STARTED, steps_since_search=steps - 1, untrained=untrained)
+    _, found, _ = look(state, change)
+    counted = min(change, _SAMPLE_LIMIT * BOUND)
+    shrinkage = max(0.5, (counted / LIMITS[untrained]) ** (-steps / _STEPS_TO_RETURN))
     assert found.step_size == pytest.approx(0.25 * shrinkage)
     # The average is that of steps of the new size: D falls with the square.
-    assert found.change == pytest.approx((1 - _BETA) * excess * BOUND * shrinkage**2)
+    assert found.change == pytest.approx((1 - _BETA) * counted * shrinkage**2)
 
 
 def test_the_average_decides_not_one_mini_batch():
@@ -447,8 +467,8 @@ def test_each_search_has_one_vote():
 def test_in_the_tail_it_does_not_grow_and_changes_count_by_the_square_of_the_factor():
     _, state, _ = look(seen(), 0.0, last_factor=0.5)
     assert state.step_size == 0.25
-    _, whole, _ = look(STARTED, 3 * BOUND)
-    _, cooled, _ = look(STARTED, 3 * BOUND / 4, last_factor=0.5)
+    _, whole, _ = look(STARTED, 5 * BOUND)
+    _, cooled, _ = look(STARTED, 5 * BOUND / 4, last_factor=0.5)
     for name in ("step_size", "change"):
         assert getattr(cooled, name) == pytest.approx(getattr(whole, name))
     assert cooled.step_size < 0.25
