@@ -270,13 +270,14 @@ class SaLSaAdamPlus(LineSearchAdam):
                  of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices: steps whose signs
                  agree are 2 % of the spectral norm that random matrices of their size have
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
-        shrink:  where |D| > B, `trust` * (mean loss of the first ten searches) or the average of
-                 -<g, u> if that is larger, by (B / |D|)^(steps since the last search / 10), at most
-                 by half
-        grow:    else by (B / |D|)^(steps since the last search / 60), at most twofold within
-                 `steps_to_double` steps, while -<g, u> is above 0 in two thirds of the searches
-                 (weights that were never trained: in most) and the loss below that of the start;
-                 runs of less than 500 steps have their share of the 60
+        shrink:  where D > L, 3 `trust` * (mean loss of the first ten searches) or the average of
+                 -<g, u> if that is larger, by (L / D)^(steps since the last search / 10), at most
+                 by half (weights that were never trained: where |D| > `trust` * that mean)
+        grow:    where D <= B, as L without the 3, by (B / D)^(steps since the last search / 60), at
+                 most twofold within `steps_to_double` steps, while -<g, u> is above 0 in two thirds
+                 of the searches and the loss below that of the start (weights that were never
+                 trained: in most, and while the loss falls); runs of less than 500 steps have their
+                 share of the 60
         step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
                  where it no longer grows
 

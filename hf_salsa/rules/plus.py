@@ -46,7 +46,7 @@ class PlusState(RuleState):
         longer_loss: Smoothed loss of about the last ten searches, each at most three times the mean
             of the first ten.
         longer_squares: The same of its square.
-        change: Smoothed |D|.
+        change: Smoothed C.
         foreseen: Smoothed -<g, u>.
         agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
         samples: How many searches the averages have seen.
@@ -98,9 +98,9 @@ class Plus(StepSizeRule[PlusState]):
 
         D = f(w - u) - f(w) + <g, u>
 
-    the part of the loss's change that the gradient did not foresee. How far it is from 0 says how
-    much a step bends the function, whichever way. n are the steps since the last search; averages
-    are exponential (0.7); in the tail D is divided by the square of the tail's factor.
+    the part of the loss's change that the gradient did not foresee: how much a step bends the
+    function. n are the steps since the last search; averages are exponential (0.7); in the tail D
+    is divided by the square of the tail's factor.
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
@@ -110,11 +110,16 @@ class Plus(StepSizeRule[PlusState]):
                     short steps would be held to them); after a new head was trained alone, to 0.02
                     of the step size whose steps may be as large as the matrices of the trained body
                     (`Line.matrix_scale`). Where no step size is usual (SGD), there is none
-        |D| > B     eta shrinks by (B / |D|)^(n / 10), at most by half, and the average of |D| by
-                    the square of that; B is `trust` times the mean loss of the first ten searches,
-                    or (not if untrained) the average of -<g, u> if that is larger: what one more
-                    step would gain. One sample counts at most ten times its bound
-        |D| <= B    eta grows by (B / |D|)^(n / 60), at most by 2^(n / steps_to_double) and by 2
+        change      C is D where that is above 0, else 0: some mini-batches bend down where most
+                    bend up, and batch normalisation has many of them. Untrained, C is |D|. One
+                    sample counts at most ten times its bound
+        bound       B is `trust` times the mean loss of the first ten searches, or the average of
+                    -<g, u> if that is larger: what one more step would gain. Untrained, it is the
+                    former
+        C > B       eta shrinks where C is above 3 `trust` times that mean loss as well (untrained:
+                    at once), by the ratio of the larger one to C, to the power n / 10, at most by
+                    half; the average of C by the square of that. In between eta stays
+        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
                     searches (untrained: in most of them): the loss of new mini-batches still falls
                     where steps ended. With a bare majority a trained body's would grow by chance
@@ -122,7 +127,7 @@ class Plus(StepSizeRule[PlusState]):
                     ten (untrained, from the tenth on: unless it is 0.4 standard deviations below
                     the average of about the last ten), and halves while it is above that mean by
                     more than two standard deviations (before the tenth: above three times the mean)
-                    and |D| is above B / 100: a run needs steps to come back
+                    and C is above a hundredth of `trust` times it: a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -133,7 +138,7 @@ class Plus(StepSizeRule[PlusState]):
     Args:
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
-            share of the loss at the start, above 0.
+            share of the loss at the start, above 0. Trained weights shrink steps at three times it.
         steps_to_double: Steps in which the step size may double, at least 1.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
@@ -203,8 +208,8 @@ class Plus(StepSizeRule[PlusState]):
         change = loss_before - line.loss + slope_before  # D
         if not math.isfinite(change):
             change = math.inf
-        # Trained weights have mini-batches that bend one way and others that bend the other (batch
-        # normalisation): what counts is how the loss rises.
+        # With trained weights some mini-batches bend down, and more so with batch normalisation:
+        # they do not say that steps are too long.
         change = abs(change) if state.untrained else max(change, 0.0)
         if not math.isfinite(slope_before):
             slope_before = 0.0  # no vote
@@ -401,6 +406,7 @@ class Plus(StepSizeRule[PlusState]):
             f"{double} where its steps change little and new mini-batches want more of them, and "
             "is kept where a step changes the loss of the next mini-batch beside what its gradient "
             f"foresees by at most {100 * self.trust:.3g} % of the loss at the start, or, where "
-            "the weights were trained before, by what one more step would gain. "
+            "the weights were trained before, raises it by at most "
+            f"{100 * _TOLERATED * self.trust:.3g} % or what one more step would gain. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

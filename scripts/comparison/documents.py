@@ -42,7 +42,7 @@ from comparison.tables import (
     ranks,
     seeds_of,
 )
-from comparison.tasks import HELD_OUT, PRESETS
+from comparison.tasks import PRESETS
 from hf_salsa import OPTIMIZERS, SLSSGD, SaLSaAdam, SaLSaSGD, SLSAdam
 
 SALSA = NAMES[SaLSaAdam]
@@ -184,10 +184,8 @@ def pairs(
 
 
 def title_of(comparison: Comparison, task: str) -> str:
-    """Return the title of a row; that of a task kept out of every choice is in italics."""
-    title = comparison.title(task)
-    title = f"*{title}*" if task in HELD_OUT else title
-    return f"{title}, {METRICS[comparison.settings(task)['metric']]}"
+    """Return the title of a row: of the task and its metric."""
+    return f"{comparison.title(task)}, {METRICS[comparison.settings(task)['metric']]}"
 
 
 def at_chance(comparison: Comparison, task: str, candidate: str) -> bool:

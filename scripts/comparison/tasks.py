@@ -200,7 +200,6 @@ PRESETS: dict[str, dict[str, Task]] = {
             updates=600,
             settings={"block_size": 64, "overrides": NANO_GPT, "tokenizer": "bpe"},
         ),
-        # The two of HELD_OUT: they show whether a default holds elsewhere.
         "stsb": _small_glue(
             "STS-B",
             "spearmanr",
@@ -319,4 +318,3 @@ PRESETS: dict[str, dict[str, Task]] = {
         ),
     },
 }
-HELD_OUT = ("stsb", "sst2_scratch")  # of preset cpu: kept out of every choice of a default

@@ -223,7 +223,8 @@ def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base)
         "double within 8 steps where its steps change little and new mini-batches want more of",
         "or a new head was trained first",
         "beside what its gradient foresees by at most 0.6 % of the loss at the start, or, where "
-        "the weights were trained before, by what one more step would gain",
+        "the weights were trained before, raises it by at most 1.8 % or what one more step would "
+        "gain",
         "over the last 60 % of the run the step size fell linearly to 0",
         "the search ran at every step in the beginning, and ever less often later, up to 20 steps",
     ):
