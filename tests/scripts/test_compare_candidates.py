@@ -109,7 +109,7 @@ def test_without_its_warm_up_the_rule_measures_the_start():
 @pytest.mark.parametrize(("rule", "shrinks"), [(Plus(), False), (FixedBound.rule_type(), True)])
 def test_a_fixed_bound_knows_no_gains(rule, shrinks):
     state = PlusState(0.25, searches=1, first_losses=1.0, first_squares=1.0)
-    line = Line(lambda eta: 1.0, 1.0, 0.0, 0.0, look_back=lambda: (1.0 + 0.04, -0.05), step=1)
+    line = Line(lambda eta: 1.0, 1.0, 0.0, 0.0, look_back=lambda: (1.0 + 0.08, -0.05), step=1)
     assert (rule.search(state, line)[1].step_size < 0.25) is shrinks
 
 
