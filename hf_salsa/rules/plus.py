@@ -116,9 +116,9 @@ class Plus(StepSizeRule[PlusState]):
         bound       B is `trust` times the mean loss of the first ten searches, or the average of
                     -<g, u> if that is larger: what one more step would gain. Untrained, it is the
                     former
-        C > B       eta shrinks where C is above 3 `trust` times that mean loss as well (untrained:
-                    at once), by the ratio of the larger one to C, to the power n / 10, at most by
-                    half; the average of C by the square of that. In between eta stays
+        C > L       L is the larger of B and 3 `trust` times that mean loss (untrained: B). eta
+                    shrinks by (L / C)^(n / 10), at most by half, and the average of C by the square
+                    of that. Between B and L it stays
         C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
         agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
                     searches (untrained: in most of them): the loss of new mini-batches still falls
@@ -127,7 +127,7 @@ class Plus(StepSizeRule[PlusState]):
                     ten (untrained, from the tenth on: unless it is 0.4 standard deviations below
                     the average of about the last ten), and halves while it is above that mean by
                     more than two standard deviations (before the tenth: above three times the mean)
-                    and C is above a hundredth of `trust` times it: a run needs steps to come back
+                    and C is above `trust` / 100 times that: a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
