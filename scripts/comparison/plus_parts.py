@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from hf_salsa import SaLSaAdamPlus
-from hf_salsa.rules import Line, Plus, PlusState
+from hf_salsa.rules import Line, Plus, PlusState, SearchRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured(Plus):
-    looks_at_weights: ClassVar[bool] = False
+    def _start(self, state: PlusState, line: Line) -> tuple[SearchRecord, PlusState]:
+        return super()._start(state, replace(line, usual_step_size=0.0, matrix_scale=0.0))
 
 
 class MeasuredStart(SaLSaAdamPlus):
