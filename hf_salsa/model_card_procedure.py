@@ -26,7 +26,10 @@ def procedure(
     """
     name = code_span(type(optimizer).__name__)
     rule = optimizer.rule.describe()
-    sentence = f"{name} takes {optimizer.base_name}'s steps with a step size that {rule}."
+    steps = f"{optimizer.base_name}'s steps"
+    if optimizer.nesterov:
+        steps += ", Nesterov's momentum in them,"
+    sentence = f"{name} takes {steps} with a step size that {rule}."
     sentences = [sentence, *head_first_sentence(optimizer, model, head_updates)]
     if returns:
         times = "once" if returns == 1 else f"{returns} times"

@@ -151,7 +151,7 @@ def closing_lines(report: dict[str, Any], optimizer: LineSearchOptimizer) -> lis
 
 
 def stock_name(optimizer: LineSearchOptimizer) -> str:
-    """Return the name of the optimizer that takes the same steps with a learning rate."""
+    """Return the name of the optimizer that takes such steps with a learning rate."""
     return "AdamW" if optimizer.base_name == "Adam" else optimizer.base_name
 
 

@@ -71,6 +71,7 @@ class Reference:
         self.delta = backtrack_factor
         self.direction = direction
         self.require_decrease = require_decrease
+        self.nesterov = False
 
         self.eta = initial_step_size
         self.searched = False  # has any search succeeded?
@@ -122,7 +123,10 @@ class Reference:
         """d_k of the final update of each step, beta1 != 0."""
         if not self.adam:
             return -p.buf
-        mhat = p.m / (1 - p.betas[0] ** p.k)
+        beta1 = p.betas[0]
+        mhat = p.m / (1 - beta1**p.k)
+        if self.nesterov:
+            mhat = (beta1 * p.m + (1 - beta1) * p.g) / (1 - beta1 ** (2 * p.k))
         return -mhat / self.preconditioner(p)
 
     def tested_direction(self, p: Parameter) -> Tensor:
@@ -224,6 +228,7 @@ class PlusReference(Reference):
         super().__init__(
             paper, parameters, direction=direction, initial_step_size=initial_step_size
         )
+        self.nesterov = self.adam
         self.settings = vars(Plus(**options))
         self.total_steps = total_steps
         self.untrained = untrained
@@ -241,12 +246,10 @@ class PlusReference(Reference):
         self.first_losses: list[float] = []
         self.losses: list[float] = []
         self.changes: list[float] = []  # |D|
-        self.gains: list[float] = []  # -<g, u>
         self.compared: list[tuple[float, float]] = []  # losses, and means of the first then
-        self.signs: list[float] = []  # of -<g, u>
+        self.signs: list[float] = []  # of f(w - u) - f(w)
         # Searches in which each of them decided.
-        names = ["warmed up", "shrunk", "out of range", "waited", "still", "grown", "gained"]
-        names.append("tolerated")
+        names = ["warmed up", "shrunk", "out of range", "waited", "still", "grown", "tolerated"]
         self.decided = dict.fromkeys(names, 0)
 
     def factor(self, k: int) -> float:
@@ -280,16 +283,14 @@ class PlusReference(Reference):
         foreseen = sum((p.g * u).sum().item() for p, u in pairs if p.g is not None)
         tail = self.factor(self.k - 1)
         self.trials += 1
-        most = plus._SAMPLE_LIMIT * bound
-        self.gains.append(min(max(-foreseen / tail, -most), most))
-        limit = plus._SAMPLE_LIMIT * max(bound, self.average(self.gains))
-        change = loss(self.before).item() - f0 + foreseen
+        decrease = loss(self.before).item() - f0
+        change = decrease + foreseen
         change = abs(change) if self.untrained else max(change, 0.0)
-        change = min(change / tail**2, limit)
+        change = min(change / tail**2, plus._SAMPLE_LIMIT * bound)
         self.losses.append(f0)
         self.compared.append((f0, mean))
         self.changes.append(change)
-        self.signs.append(math.copysign(foreseen != 0, -foreseen))
+        self.signs.append(math.copysign(decrease != 0, decrease))
         if self.warming_up:
             self.warm_up()
         else:
@@ -312,26 +313,19 @@ class PlusReference(Reference):
         most = mean + plus._OUT_OF_RANGE * math.sqrt(variance)
         too_high = f > (most if wide else plus._UNKNOWN_RANGE * mean)
         out_of_range = too_high and change > bound / plus._HARDLY
-        gain = self.average(self.gains)
-        self.decided["gained"] += gain > bound
-        if not self.untrained:
-            bound = max(bound, gain)
-        limit = bound
-        if not self.untrained:
-            limit = max(gain, plus._TOLERATED * self.settings["trust"] * mean)
+        limit = bound if self.untrained else plus._TOLERATED * bound
         if change > limit or out_of_range:
             by_change = (limit / change) ** (self.n / plus._STEPS_TO_RETURN) if change > 0 else 1.0
             shrinkage = 0.5 if out_of_range else max(0.5, by_change)
             self.eta *= shrinkage
             self.changes = [x * shrinkage**2 for x in self.changes]
-            self.gains = [x * shrinkage for x in self.gains]
             self.decided["out of range" if out_of_range else "shrunk"] += 1
             return
         beta = plus._BETA_LONG  # an average that starts at 0: a few votes are no majority
         votes = sum((1 - beta) * beta**age * s for age, s in enumerate(reversed(self.signs)))
-        disagree = votes <= (0 if self.untrained else plus._MAJORITY)
+        disagree = votes <= 0
         high = f > mean
-        if self.untrained and wide:
+        if wide:
             limited = [min(x, plus._UNKNOWN_RANGE * m) for x, m in self.compared]
             longer = self.average(limited, beta)
             spread = self.average([(x - longer) ** 2 for x in limited], beta)

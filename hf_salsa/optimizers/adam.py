@@ -28,6 +28,11 @@ class LineSearchAdam(LineSearchOptimizer):
                 the step itself, -mhat / (sqrt(vhat) + eps)
         w_{k+1} = (1 - eta weight_decay) w_k - eta mhat / (sqrt(vhat) + eps)
 
+    With the class attribute `nesterov` mhat is that of Nesterov's momentum, in which g_k counts
+    once more (Dozat, "Incorporating Nesterov Momentum into Adam", 2016):
+
+        n_k = beta1 m_k + (1 - beta1) g_k,        mhat = n_k / (1 - beta1^(2k))
+
     Args, beside those of `LineSearchOptimizer`:
         direction: `"gradient"` or `"momentum"`, the direction that is tested. The step is taken
             along momentum either way; `"momentum"` tests just that step.
@@ -69,7 +74,7 @@ class LineSearchAdam(LineSearchOptimizer):
 
     def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
         """Return -d_k, and <g_k, p_k>, p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat) + eps)."""
-        beta1, _ = chunk.group["betas"]
+        beta1, _ = self._betas(chunk.group)
         preconditioner = self._preconditioner(chunk)
         factor = beta1 / (1 - beta1**chunk.step)
         earlier = list(torch._foreach_mul(chunk.states["exp_avg"], factor))
@@ -80,7 +85,7 @@ class LineSearchAdam(LineSearchOptimizer):
 
     def _preconditioned(self, chunk: Chunk, preconditioner: list[Tensor]) -> list[Tensor]:
         """Turn `preconditioner` into -d_k, in its own memory: new tensors cost more than this."""
-        beta1, _ = chunk.group["betas"]
+        beta1, _ = self._betas(chunk.group)
         if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
             numerators = chunk.grads
         else:
@@ -114,7 +119,7 @@ class LineSearchAdam(LineSearchOptimizer):
 
     def take_step(self, update: Update) -> None:
         """Take torch's AdamW step."""
-        beta1, beta2 = update.group["betas"]
+        beta1, beta2 = self._betas(update.group)
         adamw(
             update.weights,
             update.grads,
@@ -133,6 +138,23 @@ class LineSearchAdam(LineSearchOptimizer):
             eps=update.group["eps"],
             maximize=False,
         )
+        if beta1 != update.group["betas"][0]:
+            self._undo_nesterov(update)
+
+    def _betas(self, group: dict[str, Any]) -> tuple[float, float]:
+        """Return beta1 and beta2 of the step: n_k = beta1^2 m_{k-1} + (1 - beta1^2) g_k."""
+        beta1, beta2 = group["betas"]
+        return beta1 ** (2 if self.nesterov else 1), beta2
+
+    @staticmethod
+    def _undo_nesterov(update: Update) -> None:
+        """Turn n_k, which torch's kernel left in the place of m_k, into m_k."""
+        beta1, _ = update.group["betas"]
+        moments, grads = update.states["exp_avg"], update.grads
+        if update.found_inf is not None:  # where the kernel moved nothing
+            skipped = update.found_inf > 0
+            grads = [torch.where(skipped, m, g) for m, g in zip(moments, grads, strict=True)]
+        torch._foreach_lerp_(moments, grads, 1 - 1 / beta1)
 
 
 class SaLSaAdam(LineSearchAdam):
@@ -256,7 +278,7 @@ class SLSAdam(SaLSaAdam):
 
 
 class SaLSaAdamPlus(LineSearchAdam):
-    r"""Adam without a learning rate: a new head first, a trust region in function space, a tail.
+    r"""NAdam without a learning rate: a new head first, a trust region in function space, a tail.
 
     Not the paper's method, but what came out of it when one setting had to serve fine-tuning and
     training from scratch. With the symbols of `SaLSaAdam`, u the last step, f and g loss and
@@ -264,22 +286,21 @@ class SaLSaAdamPlus(LineSearchAdam):
 
         head:    the first `head_first` updates train a new head alone, by a line search of its own
         start:   eta = `first_share` of the largest step size with f(w) - f(w + eta d) >=
-                 0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps);
+                 0.4 eta slope on the first mini-batch (Eq. 1), d = -mhat / (sqrt(vhat) + eps),
+                 mhat that of Nesterov's momentum (`LineSearchAdam`);
                  where the weights were never trained eta rises instead, over 5 % of the run, to
                  1e-3, Adam's default since its paper; after a head to 0.02 s, s the geometric mean
                  of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices: steps whose signs
                  agree are 2 % of the spectral norm that random matrices of their size have
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
-        shrink:  where D > L, 3 `trust` * (mean loss of the first ten searches) or the average of
-                 -<g, u> if that is larger, by (L / D)^(steps since the last search / 10), at most
-                 by half (weights that were never trained: where |D| > `trust` * that mean)
-        grow:    where D <= B, as L without the 3, by (B / D)^(steps since the last search / 60), at
-                 most twofold within `steps_to_double` steps, while -<g, u> is above 0 in two thirds
-                 of the searches and the loss below that of the start (weights that were never
-                 trained: in most, and while the loss falls); runs of less than 500 steps have their
-                 share of the 60
-        step:    as `SaLSaAdam`, eta falling linearly to 0 over the last `cool_down` of the run,
-                 where it no longer grows
+        shrink:  where D > 3 B, B = `trust` * (mean loss of the first ten searches), by
+                 (3 B / D)^(steps since the last search / 10), at most by half (weights that were
+                 never trained: where |D| > B, without the 3)
+        grow:    where D <= B, by (B / D)^(steps since the last search / 60), at most twofold within
+                 `steps_to_double` steps, while the loss falls and most steps lower that of the next
+                 mini-batch; runs of less than 500 steps have their share of the 60
+        step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
+                 `cool_down` of the run, where it no longer grows
 
     A run whose loss leaves the range in which it started halves its step size until it is back, or
     until its steps hardly show in the loss. Searches are at every step in the beginning and ever
@@ -325,6 +346,7 @@ class SaLSaAdamPlus(LineSearchAdam):
     """
 
     rule_type: ClassVar[type[StepSizeRule[Any]]] = Plus
+    nesterov: ClassVar[bool] = True
 
     @explicit_signature
     def __init__(

@@ -14,6 +14,7 @@ class Direction:
     Attributes:
         options: Name -> default of the settings of the direction.
         base_name: Whose steps these are, for readers.
+        nesterov: Whether their momentum is Nesterov's.
         degree: The direction of a times the loss is a^degree times that of the loss.
         usual_step_size: What people use for weights that were never trained; 0 where no number
             is usual.
@@ -21,6 +22,7 @@ class Direction:
 
     options: ClassVar[dict[str, Any]] = {}
     base_name: ClassVar[str]
+    nesterov: ClassVar[bool] = False
     degree: ClassVar[int] = 0
     usual_step_size: ClassVar[float] = 0.0
 

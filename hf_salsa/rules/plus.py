@@ -14,7 +14,6 @@ from .rule import Line, RuleState, SearchRecord, StepSizeRule, moving_average
 
 _BETA = 0.7  # of averages: searches are few, and a step size that is gone must not count long
 _BETA_LONG = 0.9  # of signs, and of losses to compare with: about the last ten searches
-_MAJORITY = 1 / 3  # two thirds of the votes; the standard error of chance is 0.23
 _FALLING = 0.4  # deviations of losses between the averages; 1.5 standard errors of that
 _C = 0.4  # of Armijo's criterion (Eq. 1), by which the first step size is found
 _FIRST = 10  # searches whose losses are the scale of the run
@@ -47,8 +46,8 @@ class PlusState(RuleState):
             of the first ten.
         longer_squares: The same of its square.
         change: Smoothed C.
-        foreseen: Smoothed -<g, u>.
-        agreement: Smoothed sign of -<g, u>, from -1 to 1. While they are few it stays near 0.
+        progress: Smoothed sign of f(w - u) - f(w), from -1 to 1. While they are few it stays near
+            0.
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found; in a second run that
             of its first search, if that is earlier.
@@ -64,19 +63,17 @@ class PlusState(RuleState):
         "longer_loss": (1, 0),
         "longer_squares": (2, 0),
         "change": (1, 0),
-        "foreseen": (1, 0),
         "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 8
+    rule_version: int = 9
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
     longer_loss: float = 0.0
     longer_squares: float = 0.0
     change: float = 0.0
-    foreseen: float = 0.0
-    agreement: float = 0.0
+    progress: float = 0.0
     samples: int = 0
     started_at: int = 0
     untrained: bool = False
@@ -113,21 +110,17 @@ class Plus(StepSizeRule[PlusState]):
         change      C is D where that is above 0, else 0: some mini-batches bend down where most
                     bend up, and batch normalisation has many of them. Untrained, C is |D|. One
                     sample counts at most ten times its bound
-        bound       B is `trust` times the mean loss of the first ten searches, or the average of
-                    -<g, u> if that is larger: what one more step would gain. Untrained, it is the
-                    former
-        C > L       L is the larger of B and 3 `trust` times that mean loss (untrained: B). eta
-                    shrinks by (L / C)^(n / 10), at most by half, and the average of C by the square
-                    of that. Between B and L it stays
+        bound       B is `trust` times the mean loss of the first ten searches
+        C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
+                    the average of C by the square of that. Between B and L it stays
         C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
-        agreement   it does not grow unless -<g, u> is above 0 in two thirds of the last ten
-                    searches (untrained: in most of them): the loss of new mini-batches still falls
-                    where steps ended. With a bare majority a trained body's would grow by chance
-        loss        it does not grow while the average of the loss is above the mean of the first
-                    ten (untrained, from the tenth on: unless it is 0.4 standard deviations below
-                    the average of about the last ten), and halves while it is above that mean by
-                    more than two standard deviations (before the tenth: above three times the mean)
-                    and C is above `trust` / 100 times that: a run needs steps to come back
+        progress    it does not grow unless f(w - u) is above f(w) in most of the last ten searches:
+                    steps lower the loss of mini-batches that they have not seen
+        loss        it does not grow unless the average of the loss is 0.4 standard deviations below
+                    that of about the last ten (before the tenth: at most the mean so far), and
+                    halves while it is above the mean of the first ten by more than two standard
+                    deviations (before the tenth: above three times the mean) and C is above
+                    `trust` / 100 times that: a run needs steps to come back
         tail        it does not grow
 
     Searches are 1 + (steps so far) / 9 steps apart, at most `max_search_interval`. Runs of less
@@ -154,7 +147,7 @@ class Plus(StepSizeRule[PlusState]):
     looks_at_weights: ClassVar[bool] = True
 
     first_share: float = 0.3
-    trust: float = 0.006
+    trust: float = 0.009
     steps_to_double: float = 8
     max_search_interval: int = 20
     initial_step_size: float = 2**-7
@@ -211,25 +204,20 @@ class Plus(StepSizeRule[PlusState]):
         # With trained weights some mini-batches bend down, and more so with batch normalisation:
         # they do not say that steps are too long.
         change = abs(change) if state.untrained else max(change, 0.0)
-        if not math.isfinite(slope_before):
-            slope_before = 0.0  # no vote
         factor = line.last_factor or 1.0  # 0 only where nothing was looked at
-        foreseen = -slope_before / factor
-        slope = foreseen / taken  # where the step ended
+        slope = -slope_before / factor / taken  # where the step ended
+        if not math.isfinite(slope):
+            slope = 0.0
+        change = min(change / factor**2, _SAMPLE_LIMIT * bound)
+        decrease = loss_before - line.loss
         loss = min(line.loss, _UNKNOWN_RANGE * mean)  # one mini-batch must not decide
-        most = _SAMPLE_LIMIT * bound
-        gain = moving_average(state.foreseen, max(-most, min(foreseen, most)), _BETA)
-        # Gains may raise the bound up to that limit: a change must be able to exceed it.
-        most = max(most, _SAMPLE_LIMIT * gain / (1 - _BETA ** (state.samples + 1)))
-        change = min(change / factor**2, most)
         seen = replace(
             seen,
             loss=moving_average(state.loss, line.loss, _BETA),
             longer_loss=moving_average(state.longer_loss, loss, _BETA_LONG),
             longer_squares=moving_average(state.longer_squares, loss * loss, _BETA_LONG),
             change=moving_average(state.change, change, _BETA),
-            foreseen=gain,
-            agreement=moving_average(state.agreement, (slope > 0) - (slope < 0), _BETA_LONG),
+            progress=moving_average(state.progress, (decrease > 0) - (decrease < 0), _BETA_LONG),
             samples=state.samples + 1,
         )
         if not warming_up:
@@ -243,12 +231,7 @@ class Plus(StepSizeRule[PlusState]):
         change = state.change / (1 - _BETA**state.samples)
         # Where its steps hardly show, only more of them can bring it back.
         out_of_range = self.out_of_range(state) and change > bound / _HARDLY
-        limit = bound
-        if not state.untrained:
-            # As long as the next step gains more, it may change as much. From scratch a few lucky
-            # mini-batches would let it: their gains differ more.
-            bound = max(bound, state.foreseen / (1 - _BETA**state.samples))
-            limit = max(_TOLERATED * limit, bound)
+        limit = bound if state.untrained else _TOLERATED * bound
         if change > limit or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
@@ -258,13 +241,8 @@ class Plus(StepSizeRule[PlusState]):
                 step_size=state.step_size * shrinkage,
                 # Else the average would go on shrinking what no longer makes such changes.
                 change=state.change * shrinkage**2,
-                foreseen=state.foreseen * shrinkage,
             )
-        if state.untrained and state.samples + 1 >= _FIRST:
-            may_grow = self._falls(state)
-        else:
-            may_grow = self.averaged_loss(state) <= self._start_of_run(state)[0]
-        may_grow = may_grow and state.agreement > (0.0 if state.untrained else _MAJORITY)
+        may_grow = state.progress > 0 and self._falls(state)
         if change > bound or line.last_factor < 1 or not may_grow:
             return state
         growth = 2 ** min(1.0, steps / self.steps_to_double)
@@ -288,9 +266,11 @@ class Plus(StepSizeRule[PlusState]):
     def _falls(cls, state: PlusState) -> bool:
         """Return whether the loss falls by more than mini-batches differ.
 
-        From scratch it is not enough that it has not risen: on a plateau, or after a loss that went
-        up, little bends, and nothing would stop a step size that grows.
+        It is not enough that it has not risen: on a plateau, or after a loss that went up, little
+        bends, and nothing would stop a step size that grows.
         """
+        if state.samples + 1 < _FIRST:
+            return cls.averaged_loss(state) <= cls._start_of_run(state)[0]
         weight = 1 - _BETA_LONG**state.samples
         longer = state.longer_loss / weight
         deviation = math.sqrt(max(0.0, state.longer_squares / weight - longer * longer))
@@ -310,7 +290,6 @@ class Plus(StepSizeRule[PlusState]):
             kept,
             step_size=step_size,
             change=kept.change * shrinkage**2,
-            foreseen=kept.foreseen * shrinkage,
             search_interval=1,
             steps_since_search=0,
             searches=state.searches,
@@ -403,10 +382,10 @@ class Plus(StepSizeRule[PlusState]):
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
             "weights were never trained or a new head was trained first, may double within "
-            f"{double} where its steps change little and new mini-batches want more of them, and "
+            f"{double} where its steps change little and lower the loss of new mini-batches, and "
             "is kept where a step changes the loss of the next mini-batch beside what its gradient "
             f"foresees by at most {100 * self.trust:.3g} % of the loss at the start, or, where "
             "the weights were trained before, raises it by at most "
-            f"{100 * _TOLERATED * self.trust:.3g} % or what one more step would gain. "
+            f"{100 * _TOLERATED * self.trust:.3g} %. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

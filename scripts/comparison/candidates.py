@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from comparison import tried_rules
 from comparison.former_plus import FormerPlusAdam, FormerPlusSGD
-from comparison.plus_parts import CosineTail, FixedBound, MeasuredStart
+from comparison.plus_parts import CosineTail, MeasuredStart, PlainMomentum
 from comparison.rivals import (
     AuthorsOptimizer,
     AuthorsTrainer,
@@ -103,7 +103,7 @@ def _label(name: str) -> str:
 _OF_PLUS = {
     "plus_no_head_first": _without("without head first", head_first=0),
     "plus_no_trust": _without("without bounds of the change", trust=1e9),
-    "plus_fixed_bound": _without("bounded whatever a step gains", FixedBound),
+    "plus_plain_momentum": _without("without Nesterov's momentum", PlainMomentum),
     "plus_measured_start": _without("without warm-up", MeasuredStart),
     "plus_full_start": _without("started at the first step size found", first_share=1.0),
     "plus_no_tail": _without("without the tail", cool_down=0.0),

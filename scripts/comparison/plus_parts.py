@@ -19,16 +19,10 @@ class MeasuredStart(SaLSaAdamPlus):
     rule_type = _Measured
 
 
-@dataclass(frozen=True, kw_only=True)
-class _WithoutGains(Plus):
-    def _moved(self, state: PlusState, line: Line, bound: float) -> PlusState:
-        return super()._moved(replace(state, foreseen=0.0), line, bound)
+class PlainMomentum(SaLSaAdamPlus):
+    """Takes the steps of Adam itself."""
 
-
-class FixedBound(SaLSaAdamPlus):
-    """Bounds the change of a step by a share of the loss at the start, whatever a step gains."""
-
-    rule_type = _WithoutGains
+    nesterov = False
 
 
 @dataclass(frozen=True, kw_only=True)
