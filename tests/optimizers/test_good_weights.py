@@ -109,11 +109,11 @@ def test_run_whose_steps_become_far_too_long_goes_back(case, caplog):
 def test_the_state_after_a_return_is_that_of_then_with_half_the_step_size():
     now = PlusState(3e-2, search_interval=9, searches=70, failed_searches=4, samples=60, loss=9.0)
     then = PlusState(
-        2e-2, 5, 3, 40, 1, first_losses=8.0, first_squares=7.0, loss=0.5, change=0.1, foreseen=0.3,
-        samples=30, agreement=0.2, started_at=4, warm_up_to=1e-3, warming_up=True,
+        2e-2, 5, 3, 40, 1, first_losses=8.0, first_squares=7.0, loss=0.5, change=0.1,
+        samples=30, progress=0.2, started_at=4, warm_up_to=1e-3, warming_up=True,
     )  # fmt: skip
     after = replace(
-        then, step_size=1e-2, change=0.1 / 4, foreseen=0.3 / 2, search_interval=1,
+        then, step_size=1e-2, change=0.1 / 4, search_interval=1,
         steps_since_search=0, searches=70, failed_searches=4, warming_up=False,
     )  # fmt: skip
     assert Plus.gone_back(now, then) == after

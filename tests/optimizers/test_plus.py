@@ -59,12 +59,9 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
     assert counters.searches == reference.searches < 100
     assert 0 <= counters.trials - reference.trials <= 5  # the check of the first search
     decided = {name for name, times in reference.decided.items() if times}
-    expected = {"shrunk", "waited"}
-    if variant == "defaults":
-        expected = {"shrunk", "grown" if case.adam else "gained"}
-    if variant != "defaults":
-        expected |= {"out of range"}
-    assert decided >= expected | {"tolerated"}
+    expected = {"waited", "still", "tolerated"}
+    expected |= {"grown"} if variant == "defaults" else {"shrunk", "out of range"}
+    assert decided >= expected
 
 
 @both_directions
@@ -102,8 +99,7 @@ def test_trajectory_of_weights_that_were_never_trained_is_the_references(
     assert optimizer.counters.trials - reference.trials == 2  # the checks of the first search
     assert (reference.decided["warmed up"] > 3) == adam
     assert reference.decided["still"] > 0  # votes alone would have let it grow
-    assert reference.decided["gained"] > 0  # and gains, more
-    assert (reference.decided["grown"] > 0) == adam
+    assert reference.decided["grown"] > 0 or not adam
 
 
 @both_directions
@@ -132,7 +128,6 @@ def test_trajectory_after_a_head_phase_is_the_references(direction):
         torch.testing.assert_close(param.detach(), weight, rtol=0, atol=1e-3)
     assert optimizer.counters.searches - searches == reference.searches
     assert reference.decided["warmed up"] > 3
-    assert reference.decided["gained"] > 3
     assert reference.decided["grown"] > 2
 
 
@@ -142,7 +137,7 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
     """D against its formula, on the weights that the optimizer left."""
     params = parameters()
     optimizer = case.make(params, weight_decay=weight_decay, max_search_interval=1)
-    weights, change, gain = [], 0.0, 0.0
+    weights, change = [], 0.0
     for x, y in batches(6):
         loss_fn = partial(network_loss, params, x, y)
         loss = backward(params, loss_fn)
@@ -159,13 +154,9 @@ def test_a_search_measures_the_last_step_weight_decay_included(case, weight_deca
         assert record.trial_loss == pytest.approx(loss_before, rel=1e-12)
         bound = group["trust"] * group["first_losses"] / len(weights)
         seen = loss_before - float(loss) + foreseen
-        most, samples = plus._SAMPLE_LIMIT * bound, len(weights) - 1
-        gain = plus._BETA * gain + (1 - plus._BETA) * min(max(-foreseen, -most), most)
-        most = max(most, plus._SAMPLE_LIMIT * gain / (1 - plus._BETA**samples))
+        most = plus._SAMPLE_LIMIT * bound
         change = plus._BETA * change + (1 - plus._BETA) * min(abs(seen), most)
-        shrinkage = min(1.0, optimizer.step_size / shrunk)
-        change, gain = change * shrinkage**2, gain * shrinkage
-        assert group["foreseen"] == pytest.approx(gain, rel=1e-9)
+        change *= min(1.0, optimizer.step_size / shrunk) ** 2
         assert group["change"] == pytest.approx(change, rel=1e-9)
         assert (record.trials, group["samples"]) == (1, len(weights) - 1)
 
@@ -189,7 +180,7 @@ def test_clipping_divides_out(case):
         found.append(optimizer.param_groups[0])
     whole, clipped = found
     assert whole["samples"] == clipped["samples"] == 1
-    for name in ("change", "agreement", "loss", "first_losses"):
+    for name in ("change", "progress", "loss", "first_losses"):
         assert clipped[name] == pytest.approx(whole[name], rel=1e-9)
 
 

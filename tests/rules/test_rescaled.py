@@ -18,8 +18,7 @@ PLUS = PlusState(
     longer_loss=0.7,
     longer_squares=0.6,
     change=0.001,
-    foreseen=0.002,
-    agreement=-0.2,
+    progress=-0.2,
     samples=6,
     started_at=2,
     warm_up_to=0.125,
@@ -75,5 +74,5 @@ def test_counts_have_no_scale(name):
     rescaled = state.rescaled(3.0, 0.5)
     for entry in fields(state):
         value, now = getattr(state, entry.name), getattr(rescaled, entry.name)
-        votes = entry.name == "agreement"
+        votes = entry.name == "progress"
         assert (now != value) == (entry.type in (float, "float") and not votes)
