@@ -144,7 +144,8 @@ class Case:
         plain = all(p.is_contiguous() and not p.is_complex() for p in params)
         kernel = {"fused": plain, "foreach": not plain}
         if self.adam:
-            return torch.optim.AdamW(params, weight_decay=weight_decay, **kernel)
+            kind = NesterovAdamW if self.cls.nesterov else torch.optim.AdamW
+            return kind(params, weight_decay=weight_decay, **kernel)
         momentum = 0.9 if self.has_momentum else 0.0
         rival = torch.optim.SGD(params, momentum=momentum, **kernel)
         if momentum:
@@ -157,6 +158,21 @@ class Case:
         at_rest = AT_REST.get(self.rule, lambda step_size: {})
         for group in optimizer.param_groups:
             group.update(at_rest(optimizer.step_size), search_interval=interval)
+
+
+class NesterovAdamW(torch.optim.AdamW):
+    """Torch's kernel with n_k = beta1^2 m_{k-1} + (1 - beta1^2) g_k, and m_k put back after it."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        group["betas"] = (beta1**2, beta2)
+        super().step()
+        group["betas"] = (beta1, beta2)
+        for param in group["params"]:
+            if param.grad is not None:
+                self.state[param]["exp_avg"].lerp_(param.grad, 1 - 1 / beta1)
 
 
 def _checkpoint(cls):

@@ -12,7 +12,7 @@ from comparison.candidates import BY_DEFAULT, CALIBRATED, CANDIDATES
 from comparison.former_plus import FormerPlusAdam
 from comparison.grid import be_quiet
 from comparison.loaders import Sources, load_text
-from comparison.plus_parts import CosineTail, FixedBound, MeasuredStart
+from comparison.plus_parts import CosineTail, MeasuredStart, PlainMomentum
 from comparison.runs import Run, make_trainer, prepare
 from comparison.tasks import PRESETS
 from comparison_helpers import SMOKE, carry_out, prose_run
@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 from hf_salsa.head import find_head
-from hf_salsa.rules import Line, Plus, PlusState
+from hf_salsa.rules import Plus
 from hf_salsa.search_arguments import resolved_max_grad_norm
 
 ABLATIONS = {
@@ -61,7 +61,7 @@ def test_ablations_are_the_former_rule_without_one_part(tmp_path):
 
 OWN_RULES = {
     "plus_measured_start": MeasuredStart,
-    "plus_fixed_bound": FixedBound,
+    "plus_plain_momentum": PlainMomentum,
     "plus_cosine_tail": CosineTail,
 }
 
@@ -106,11 +106,19 @@ def test_without_its_warm_up_the_rule_measures_the_start():
             param.data.fill_(value)
 
 
-@pytest.mark.parametrize(("rule", "shrinks"), [(Plus(), False), (FixedBound.rule_type(), True)])
-def test_a_fixed_bound_knows_no_gains(rule, shrinks):
-    state = PlusState(0.25, searches=1, first_losses=1.0, first_squares=1.0)
-    line = Line(lambda eta: 1.0, 1.0, 0.0, 0.0, look_back=lambda: (1.0 + 0.08, -0.05), step=1)
-    assert (rule.search(state, line)[1].step_size < 0.25) is shrinks
+@pytest.mark.parametrize(("make", "adams"), [(PlainMomentum, True), (SaLSaAdamPlus, False)])
+def test_with_plain_momentum_steps_are_adams(make, adams):
+    ours, stock = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer, adam = make([ours], cool_down=0.0), torch.optim.AdamW([stock], weight_decay=0.0)
+    for k in range(5):
+        loss_fn = lambda k=k: ((k + 1) * ours.square()).sum()  # noqa: E731
+        optimizer.zero_grad()
+        loss_fn().backward()
+        stock.grad = ours.grad.clone()
+        optimizer.step(loss_fn)
+        adam.param_groups[0]["lr"] = optimizer.step_size
+        adam.step()
+    assert torch.allclose(ours, stock, rtol=1e-6) is adams
 
 
 def test_a_cosine_falls_over_the_same_share_of_the_run():
