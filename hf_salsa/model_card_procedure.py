@@ -26,10 +26,9 @@ def procedure(
     """
     name = code_span(type(optimizer).__name__)
     rule = optimizer.rule.describe()
-    steps = f"{optimizer.base_name}'s steps"
-    if optimizer.nesterov:
-        steps += ", Nesterov's momentum in them,"
-    sentence = f"{name} takes {steps} with a step size that {rule}."
+    momentum = "Nesterov's momentum and " if optimizer.nesterov else ""
+    steps = f"{optimizer.base_name}'s steps with {momentum}a step size"
+    sentence = f"{name} takes {steps} that {rule}."
     sentences = [sentence, *head_first_sentence(optimizer, model, head_updates)]
     if returns:
         times = "once" if returns == 1 else f"{returns} times"

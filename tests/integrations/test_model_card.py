@@ -211,20 +211,23 @@ def test_claims_nothing_that_was_not_used(write, optimizer):
     assert f"rate to try in a plain {'AdamW' if adam else 'SGD'} run." in card
 
 
-@pytest.mark.parametrize(("optimizer", "base"), [(SaLSaAdamPlus, "Adam"), (SaLSaSGDPlus, "SGD")])
-def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, base):
+@pytest.mark.parametrize(
+    ("optimizer", "steps"),
+    [
+        (SaLSaAdamPlus, "Adam's steps with Nesterov's momentum and a step size"),
+        (SaLSaSGDPlus, "SGD's steps with a step size"),
+    ],
+)
+def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, steps):
     card = write(optimizer=optimizer)
     procedure = card[card.index("## Training procedure") : card.index("### Training hyperp")]
-    assert (
-        f"`{optimizer.__name__}` takes {base}'s steps with a step size that it finds" in procedure
-    )
+    assert f"`{optimizer.__name__}` takes {steps} that it finds" in procedure
     for words in (
         "starts at 0.3 of what the first one allows",
-        "double within 8 steps where its steps change little and new mini-batches want more of",
+        "double within 8 steps where its steps change little and lower the loss of new",
         "or a new head was trained first",
-        "beside what its gradient foresees by at most 0.6 % of the loss at the start, or, where "
-        "the weights were trained before, raises it by at most 1.8 % or what one more step would "
-        "gain",
+        "beside what its gradient foresees by at most 0.9 % of the loss at the start, or, where "
+        "the weights were trained before, raises it by at most 2.7 %",
         "over the last 60 % of the run the step size fell linearly to 0",
         "the search ran at every step in the beginning, and ever less often later, up to 20 steps",
     ):
