@@ -336,8 +336,9 @@ class PlusReference(Reference):
             self.decided["waited"] += 1
             return
         ratio = bound / change if change > 0 else math.inf
-        by_change = ratio ** (self.n / (plus._STEPS_TO_COME_UP * self.share))
-        self.eta *= min(2 ** (self.n / self.settings["steps_to_double"]), by_change, 2)
+        n = self.n if self.untrained else self.n / plus._SLOWER
+        by_change = ratio ** (n / (plus._STEPS_TO_COME_UP * self.share))
+        self.eta *= min(2 ** (n / self.settings["steps_to_double"]), by_change, 2)
         self.decided["grown"] += 1
 
     @property

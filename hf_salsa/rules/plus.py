@@ -20,6 +20,7 @@ _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
+_SLOWER = 5  # times: so much longer it takes with trained weights, where one alarm may be false
 _TOLERATED = 3  # times the bound: so far trained weights keep their step size
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
@@ -113,7 +114,9 @@ class Plus(StepSizeRule[PlusState]):
         bound       B is `trust` times the mean loss of the first ten searches
         C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
                     the average of C by the square of that. Between B and L it stays
-        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
+        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2, with
+                    n / 5 for n unless untrained: their losses differ so much that they often seem
+                    to fall
         progress    it does not grow unless f(w - u) is above f(w) in most of the last ten searches:
                     steps lower the loss of mini-batches that they have not seen
         loss        it does not grow unless the average of the loss is 0.4 standard deviations below
@@ -132,7 +135,8 @@ class Plus(StepSizeRule[PlusState]):
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
             share of the loss at the start, above 0. Trained weights shrink steps at three times it.
-        steps_to_double: Steps in which the step size may double, at least 1.
+        steps_to_double: Steps in which the step size may double, at least 1; five times as many
+            with trained weights.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         cool_down: As in `StepSizeRule`.
@@ -245,10 +249,11 @@ class Plus(StepSizeRule[PlusState]):
         may_grow = state.progress > 0 and self._falls(state)
         if change > bound or line.last_factor < 1 or not may_grow:
             return state
-        growth = 2 ** min(1.0, steps / self.steps_to_double)
+        growing = steps if state.untrained else steps / _SLOWER
+        growth = 2 ** min(1.0, growing / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
-            room = math.log(bound / change) * steps / (_STEPS_TO_COME_UP * self._share(line))
+            room = math.log(bound / change) * growing / (_STEPS_TO_COME_UP * self._share(line))
             growth = min(growth, math.exp(min(room, 1.0)))
         return replace(state, step_size=state.step_size * growth)
 
