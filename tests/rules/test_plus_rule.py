@@ -25,6 +25,7 @@ from hf_salsa.rules.plus import (
     _RESOLVED,
     _RUN,
     _SAMPLE_LIMIT,
+    _SLOWER,
     _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
     _TOLERATED,
@@ -396,12 +397,15 @@ def test_the_average_decides_not_one_mini_batch():
 @pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("total_steps", [0, 100, 1000])
 @pytest.mark.parametrize("share", [0.0, 1e-300, 1e-4, 0.1, 0.9])
-def test_where_changes_are_small_the_step_size_grows(steps, share, total_steps):
+@pytest.mark.parametrize("untrained", [False, True])
+def test_where_changes_are_small_the_step_size_grows(untrained, steps, share, total_steps):
     """The faster the smaller they are; D grows with the square, so it is there in 30 steps."""
     average = (1 - _BETA**SAMPLES) * share * BOUND
-    state = falling(2.0, change=average, steps_since_search=steps - 1)
+    of_weights = {"change": average, "untrained": untrained}
+    state = falling(2.0, steps_since_search=steps - 1, **of_weights)
     line = {"loss": LOSS, "total_steps": total_steps}
     found = look(state, share * BOUND, **line)[1].step_size / 0.25
+    steps = steps if untrained else steps / _SLOWER
     growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double))
     if share > 1e-200:
         to_come_up = _STEPS_TO_COME_UP * (0.2 if total_steps == 100 else 1.0)
