@@ -165,6 +165,10 @@ class PlusSearch:
         loss = torch.tensor(1.0, device=DEVICE)  # at no cost
         self._step = partial(optimizer.step, lambda: loss, loss=loss)
 
+    def _prepare_no_search(self) -> None:
+        self._prepare_step_before()
+        update_groups(self._optimizer, {"steps_since_search": 0})
+
     def _prepare_step_before(self) -> None:
         update_groups(self._optimizer, self._state)
         self._objective.note_gradient_norm(self._norm)
@@ -172,6 +176,10 @@ class PlusSearch:
     def _prepare_search(self) -> None:
         self.step_before().run()
         self._objective.note_gradient_norm(self._norm)
+
+    def no_search(self) -> Contender:
+        """Return a step far from any search."""
+        return Contender(self._step, self._prepare_no_search)
 
     def step_before(self) -> Contender:
         """Return the step before a search, which copies the weights."""
@@ -185,6 +193,7 @@ class PlusSearch:
 def plus_contenders(params: list[nn.Parameter]) -> dict[str, Contender]:
     search = PlusSearch(SaLSaAdamPlus(params, total_steps=LONG_RUN))
     return {
+        f"{PLUS}, no search": search.no_search(),
         f"{PLUS}, step before a search": search.step_before(),
         f"{PLUS}, search": search.search(),
     }

@@ -55,6 +55,7 @@ def test_the_optimizers_alone(tiny, tmp_path, capsys):
     assert rows["SaLSaAdam, no search, norm known"]["copies of the weights"] < 0.5
     for trials in ("1 trial", "3 trials"):
         assert rows[f"SaLSaAdam, search, {trials}"]["copies of the weights"] >= 1
+    assert rows["SaLSaAdamPlus, no search"]["copies of the weights"] < 0.5
     assert "SaLSaAdamPlus, step before a search" in rows
     assert rows["forward and backward pass"]["ratio (quartiles)"][0] > 1
     added = {name: row["added to a training step"] for name, row in rows.items()}
