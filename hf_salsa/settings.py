@@ -65,7 +65,7 @@ SETTINGS = {
     "trust": Setting(
         "Change of the loss, beside what its gradient foresees, that a step may make, as a share "
         "of the loss at the start",
-        "a finite number above 0 (0.006 works well)",
+        "a finite number above 0 (0.009 works well)",
         lambda x: 0 < x < math.inf,
     ),
     "backtrack_factor": Setting(

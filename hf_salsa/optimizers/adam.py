@@ -33,6 +33,9 @@ class LineSearchAdam(LineSearchOptimizer):
 
         n_k = beta1 m_k + (1 - beta1) g_k,        mhat = n_k / (1 - beta1^(2k))
 
+    That is what torch's kernel divides by. The weights in n_k add up to 1 - beta1^(k+1): in the
+    first twenty steps mhat is up to 28 % smaller than their mean.
+
     Args, beside those of `LineSearchOptimizer`:
         direction: `"gradient"` or `"momentum"`, the direction that is tested. The step is taken
             along momentum either way; `"momentum"` tests just that step.
@@ -73,8 +76,11 @@ class LineSearchAdam(LineSearchOptimizer):
         return self._preconditioned(chunk, self._preconditioner(chunk))
 
     def direction_and_agreement(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Return -d_k, and <g_k, p_k>, p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat) + eps)."""
-        beta1, _ = self._betas(chunk.group)
+        """Return -d_k, and <g_k, p_k>, p_k = beta1 m_{k-1} / (1 - beta1^k) / (sqrt(vhat) + eps).
+
+        With `nesterov` beta1^2 stands for beta1.
+        """
+        beta1, _ = self._kernel_betas(chunk.group)
         preconditioner = self._preconditioner(chunk)
         factor = beta1 / (1 - beta1**chunk.step)
         earlier = list(torch._foreach_mul(chunk.states["exp_avg"], factor))
@@ -85,7 +91,7 @@ class LineSearchAdam(LineSearchOptimizer):
 
     def _preconditioned(self, chunk: Chunk, preconditioner: list[Tensor]) -> list[Tensor]:
         """Turn `preconditioner` into -d_k, in its own memory: new tensors cost more than this."""
-        beta1, _ = self._betas(chunk.group)
+        beta1, _ = self._kernel_betas(chunk.group)
         if chunk.group["direction"] == "gradient":  # beta1 = 0 in the test, Eq. 3 and 7
             numerators = chunk.grads
         else:
@@ -118,8 +124,8 @@ class LineSearchAdam(LineSearchOptimizer):
         return result
 
     def take_step(self, update: Update) -> None:
-        """Take torch's AdamW step."""
-        beta1, beta2 = self._betas(update.group)
+        """Take torch's AdamW step; with `nesterov` along n_k."""
+        beta1, beta2 = self._kernel_betas(update.group)
         adamw(
             update.weights,
             update.grads,
@@ -138,11 +144,11 @@ class LineSearchAdam(LineSearchOptimizer):
             eps=update.group["eps"],
             maximize=False,
         )
-        if beta1 != update.group["betas"][0]:
+        if self.nesterov and beta1:
             self._undo_nesterov(update)
 
-    def _betas(self, group: dict[str, Any]) -> tuple[float, float]:
-        """Return beta1 and beta2 of the step: n_k = beta1^2 m_{k-1} + (1 - beta1^2) g_k."""
+    def _kernel_betas(self, group: dict[str, Any]) -> tuple[float, float]:
+        """Return what torch's kernel takes: n_k = beta1^2 m_{k-1} + (1 - beta1^2) g_k."""
         beta1, beta2 = group["betas"]
         return beta1 ** (2 if self.nesterov else 1), beta2
 
@@ -151,10 +157,12 @@ class LineSearchAdam(LineSearchOptimizer):
         """Turn n_k, which torch's kernel left in the place of m_k, into m_k."""
         beta1, _ = update.group["betas"]
         moments, grads = update.states["exp_avg"], update.grads
-        if update.found_inf is not None:  # where the kernel moved nothing
-            skipped = update.found_inf > 0
-            grads = [torch.where(skipped, m, g) for m, g in zip(moments, grads, strict=True)]
-        torch._foreach_lerp_(moments, grads, 1 - 1 / beta1)
+        if update.found_inf is None:
+            torch._foreach_lerp_(moments, grads, 1 - 1 / beta1)
+            return
+        for moment, grad in zip(moments, grads, strict=True):  # one copy of a gradient at a time
+            skipped = update.found_inf.to(moment.device, non_blocking=True) > 0
+            moment.lerp_(torch.where(skipped, moment, grad), 1 - 1 / beta1)
 
 
 class SaLSaAdam(LineSearchAdam):
@@ -299,7 +307,7 @@ class SaLSaAdamPlus(LineSearchAdam):
         grow:    where D <= B, by (B / D)^(steps since the last search / 300), at most twofold
                  within 5 `steps_to_double` steps, while the loss falls and most steps lower that of
                  the next mini-batch (weights that were never trained: 60, and without the 5); runs
-                 of less than 500 steps have their share of the 300
+                 of less than 500 steps have their share of the 300 or the 60
         step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
                  `cool_down` of the run, where it no longer grows
 

@@ -199,7 +199,8 @@ class SLSSGD(SaLSaSGD):
 class SaLSaSGDPlus(LineSearchSGD):
     r"""SGD without a learning rate: a new head first, a trust region in function space, a tail.
 
-    `SaLSaAdamPlus` on SGD with momentum, u_k = momentum u_{k-1} + g_k, d_k = -u_k.
+    `SaLSaAdamPlus` on SGD with the usual momentum, not Nesterov's: u_k = momentum u_{k-1} + g_k,
+    d_k = -u_k.
 
     Args:
         params: As in `SaLSaSGD`.

@@ -115,8 +115,8 @@ class Plus(StepSizeRule[PlusState]):
         C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
                     the average of C by the square of that. Between B and L it stays
         C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2, with
-                    n / 5 for n unless untrained: their losses differ so much that they often seem
-                    to fall
+                    n / 5 for n where the weights were trained: their losses fall little beside what
+                    mini-batches differ, and often only seem to fall
         progress    it does not grow unless f(w - u) is above f(w) in most of the last ten searches:
                     steps lower the loss of mini-batches that they have not seen
         loss        it does not grow unless the average of the loss is 0.4 standard deviations below
@@ -387,9 +387,9 @@ class Plus(StepSizeRule[PlusState]):
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
             "weights were never trained or a new head was trained first, may double within "
-            f"{double} (trained weights: {_SLOWER} times as many) where its steps change little "
-            "and lower the loss of new mini-batches, and is kept where a step changes that of the "
-            "next mini-batch beside what its gradient foresees by at most "
+            f"{double} (trained weights: {_SLOWER} times as many) while the loss falls, where its "
+            "steps change little and lower the loss of new mini-batches, and is kept where a step "
+            "changes that of the next mini-batch beside what its gradient foresees by at most "
             f"{100 * self.trust:.3g} % of the loss at the start, or, where the weights were "
             f"trained before, raises it by at most {100 * _TOLERATED * self.trust:.3g} %. "
             f"{self.describe_tail()}; the search ran at {when}"

@@ -99,7 +99,8 @@ def test_trajectory_of_weights_that_were_never_trained_is_the_references(
     assert optimizer.counters.trials - reference.trials == 2  # the checks of the first search
     assert (reference.decided["warmed up"] > 3) == adam
     assert reference.decided["still"] > 0  # votes alone would have let it grow
-    assert reference.decided["grown"] > 0 or not adam
+    if adam:
+        assert reference.decided["grown"] > 0
 
 
 @both_directions

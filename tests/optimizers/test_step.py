@@ -27,7 +27,7 @@ from problems import (
 )
 from torch import nn
 
-from hf_salsa import SaLSaAdam, SaLSaSGD
+from hf_salsa import SaLSaAdam, SaLSaAdamPlus, SaLSaSGD
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,25 @@ def test_every_step_is_torchs_at_the_chosen_step_size(case, make, weight_decay):
             torch.testing.assert_close(param.detach(), expected.detach(), rtol=rtol, atol=0)
     assert optimizer.counters.searches == 4
     assert optimizer.counters.failed_searches == 0
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_momentum_of_plus_is_nesterovs(beta1, weight_decay):
+    """By its formula; what is kept is Adam's m_k."""
+    param = point(1.0, -2.0, 3.0)
+    optimizer = SaLSaAdamPlus([param], betas=(beta1, 0.99), weight_decay=weight_decay, cool_down=0)
+    w, m, v = param.detach().clone(), torch.zeros(3), torch.zeros(3)
+    for k in range(1, 31):
+        loss_fn = lambda k=k: (param * param).sum() * (1 + k % 3) + param.prod() + 9  # noqa: E731
+        optimizer.step(loss_fn, loss=backward([param], loss_fn))
+        g, eta = param.grad, optimizer.step_size
+        m, v = beta1 * m + (1 - beta1) * g, 0.99 * v + 0.01 * g**2
+        n = (beta1 * m + (1 - beta1) * g) / (1 - beta1 ** (2 * k))
+        w = (1 - eta * weight_decay) * w - eta * n / ((v / (1 - 0.99**k)).sqrt() + 1e-8)
+        torch.testing.assert_close(param.detach(), w, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], m, rtol=1e-9, atol=1e-12)
+    assert float((w - point(1.0, -2.0, 3.0).detach()).abs().min()) > 0.01
 
 
 @every_optimizer

@@ -399,7 +399,7 @@ def test_the_average_decides_not_one_mini_batch():
 @pytest.mark.parametrize("share", [0.0, 1e-300, 1e-4, 0.1, 0.9])
 @pytest.mark.parametrize("untrained", [False, True])
 def test_where_changes_are_small_the_step_size_grows(untrained, steps, share, total_steps):
-    """The faster the smaller they are; D grows with the square, so it is there in 30 steps."""
+    """The faster the smaller they are; D grows with the square: there in 30 steps, or in 150."""
     average = (1 - _BETA**SAMPLES) * share * BOUND
     of_weights = {"change": average, "untrained": untrained}
     state = falling(2.0, steps_since_search=steps - 1, **of_weights)
