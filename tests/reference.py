@@ -336,7 +336,7 @@ class PlusReference(Reference):
             self.decided["waited"] += 1
             return
         ratio = bound / change if change > 0 else math.inf
-        n = self.n if self.untrained else self.n / plus._SLOWER
+        n = self.n if self.untrained else self.n * min(1, plus._AGREED * votes**2)
         by_change = ratio ** (n / (plus._STEPS_TO_COME_UP * self.share))
         self.eta *= min(2 ** (n / self.settings["steps_to_double"]), by_change, 2)
         self.decided["grown"] += 1

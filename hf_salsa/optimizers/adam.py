@@ -304,10 +304,11 @@ class SaLSaAdamPlus(LineSearchAdam):
         shrink:  where D > 3 B, B = `trust` * (mean loss of the first ten searches), by
                  (3 B / D)^(steps since the last search / 10), at most by half (weights that were
                  never trained: where |D| > B, without the 3)
-        grow:    where D <= B, by (B / D)^(steps since the last search / 300), at most twofold
-                 within 5 `steps_to_double` steps, while the loss falls and most steps lower that of
-                 the next mini-batch (weights that were never trained: 60, and without the 5); runs
-                 of less than 500 steps have their share of the 300 or the 60
+        grow:    where D <= B, by (B / D)^(n / 60), at most twofold within `steps_to_double` steps,
+                 while the loss falls and most steps lower that of the next mini-batch; n are the
+                 steps since the last search, and times min(1, 2 p^2) with p the share of steps that
+                 lower it less that of those that do not (weights that were never trained: all of
+                 them); runs of less than 500 steps have their share of the 60
         step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
                  `cool_down` of the run, where it no longer grows
 
@@ -325,8 +326,8 @@ class SaLSaAdamPlus(LineSearchAdam):
             matrices, none of them 0, and where the weights were never trained, that is, most biases
             and normalisations are 0 or 1.
         trust: B as a share of the loss at the start, above 0.
-        steps_to_double: Steps in which the step size may double, at least 1; five times as many
-            with trained weights.
+        steps_to_double: Steps in which the step size may double, at least 1; with trained weights
+            more, the fewer of them make progress.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.
         direction: Along which the first step size is found: `"momentum"`, d as above, or

@@ -20,7 +20,7 @@ _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
-_SLOWER = 5  # times: so much longer it takes with trained weights, where one alarm may be false
+_AGREED = 2  # times the square of the votes: trained weights' share of growth
 _TOLERATED = 3  # times the bound: so far trained weights keep their step size
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
@@ -67,7 +67,7 @@ class PlusState(RuleState):
         "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 9
+    rule_version: int = 10
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
@@ -114,11 +114,11 @@ class Plus(StepSizeRule[PlusState]):
         bound       B is `trust` times the mean loss of the first ten searches
         C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
                     the average of C by the square of that. Between B and L it stays
-        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2, with
-                    n / 5 for n where the weights were trained: their losses fall little beside what
-                    mini-batches differ, and often only seem to fall
-        progress    it does not grow unless f(w - u) is above f(w) in most of the last ten searches:
-                    steps lower the loss of mini-batches that they have not seen
+        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
+        progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches:
+                    whether steps lower the loss of mini-batches that they have not seen. eta does
+                    not grow unless p > 0. Where the weights were trained it grows with
+                    n min(1, 2 p^2) for n: their loss often only seems to fall
         loss        it does not grow unless the average of the loss is 0.4 standard deviations below
                     that of about the last ten (before the tenth: at most the mean so far), and
                     halves while it is above the mean of the first ten by more than two standard
@@ -135,8 +135,8 @@ class Plus(StepSizeRule[PlusState]):
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
             share of the loss at the start, above 0. Trained weights shrink steps at three times it.
-        steps_to_double: Steps in which the step size may double, at least 1; five times as many
-            with trained weights.
+        steps_to_double: Steps in which the step size may double, at least 1; with trained weights
+            more, the fewer of them make progress.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         cool_down: As in `StepSizeRule`.
@@ -249,7 +249,7 @@ class Plus(StepSizeRule[PlusState]):
         may_grow = state.progress > 0 and self._falls(state)
         if change > bound or line.last_factor < 1 or not may_grow:
             return state
-        growing = steps if state.untrained else steps / _SLOWER
+        growing = steps * (1.0 if state.untrained else min(1.0, _AGREED * state.progress**2))
         growth = 2 ** min(1.0, growing / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
@@ -387,9 +387,9 @@ class Plus(StepSizeRule[PlusState]):
             "the first one allows (the Armijo line search of [Kenneweg, Kenneweg, Fumagalli, "
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
             "weights were never trained or a new head was trained first, may double within "
-            f"{double} (trained weights: {_SLOWER} times as many) while the loss falls, where its "
-            "steps change little and lower the loss of new mini-batches, and is kept where a step "
-            "changes that of the next mini-batch beside what its gradient foresees by at most "
+            f"{double} while the loss falls, where its steps change little and lower the loss of "
+            "new mini-batches (trained weights: the more slowly, the fewer do), and is kept where "
+            "a step changes that of the next one beside what its gradient foresees by at most "
             f"{100 * self.trust:.3g} % of the loss at the start, or, where the weights were "
             f"trained before, raises it by at most {100 * _TOLERATED * self.trust:.3g} %. "
             f"{self.describe_tail()}; the search ran at {when}"

@@ -14,6 +14,7 @@ from problems import HARD
 from hf_salsa.rules import Line, Plus, PlusState
 from hf_salsa.rules.first import _BISECTIONS, _MOST_TRIALS, _STRIDE
 from hf_salsa.rules.plus import (
+    _AGREED,
     _BETA,
     _BETA_LONG,
     _C,
@@ -25,7 +26,6 @@ from hf_salsa.rules.plus import (
     _RESOLVED,
     _RUN,
     _SAMPLE_LIMIT,
-    _SLOWER,
     _STEPS_TO_COME_UP,
     _STEPS_TO_RETURN,
     _TOLERATED,
@@ -397,15 +397,18 @@ def test_the_average_decides_not_one_mini_batch():
 @pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("total_steps", [0, 100, 1000])
 @pytest.mark.parametrize("share", [0.0, 1e-300, 1e-4, 0.1, 0.9])
-@pytest.mark.parametrize("untrained", [False, True])
-def test_where_changes_are_small_the_step_size_grows(untrained, steps, share, total_steps):
-    """The faster the smaller they are; D grows with the square: there in 30 steps, or in 150."""
+@pytest.mark.parametrize(("untrained", "progress"), [(True, 1), (False, 1), (False, 0.4)])
+def test_where_changes_are_small_the_step_size_grows(
+    untrained, progress, steps, share, total_steps
+):
+    """The faster the smaller they are; trained weights' also the faster the more votes agree."""
     average = (1 - _BETA**SAMPLES) * share * BOUND
     of_weights = {"change": average, "untrained": untrained}
-    state = falling(2.0, steps_since_search=steps - 1, **of_weights)
-    line = {"loss": LOSS, "total_steps": total_steps}
+    before = (progress - 0.1) / _BETA_LONG / (1 - _BETA_LONG**SAMPLES)  # without this one's vote
+    state = falling(2.0, steps_since_search=steps - 1, progress=before, **of_weights)
+    line = {"loss": LOSS, "total_steps": total_steps, "foreseen": -0.5}
     found = look(state, share * BOUND, **line)[1].step_size / 0.25
-    steps = steps if untrained else steps / _SLOWER
+    steps = steps if untrained else steps * min(1, _AGREED * progress**2)
     growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double))
     if share > 1e-200:
         to_come_up = _STEPS_TO_COME_UP * (0.2 if total_steps == 100 else 1.0)
