@@ -280,13 +280,22 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
             handler.call_event, accelerator.log = call_event, log
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(self._all_that_is_trained(model))
         if self._objective is not None:
             self._objective.note_clipping(norm, self.args.max_grad_norm)
         return norm
 
+    def _all_that_is_trained(self, model: nn.Module) -> nn.Module:
+        """Return the model, with the parameters of a loss beside it: one factor must clip all."""
+        if self._objective is None:
+            return model
+        own = {id(p) for p in model.parameters()}
+        groups = self._objective.line_search.param_groups
+        others = [p for group in groups for p in group["params"] if id(p) not in own]
+        return nn.ModuleList([model, nn.ParameterList(others)]) if others else model
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(self._all_that_is_trained(model), grad_norm)
         if self._objective is not None:
             self._objective.note_gradient_norm(norm)  # computed for the log, so it costs nothing
         return norm

@@ -136,11 +136,27 @@ def test_card_of_a_sentence_encoder_loads_it(make):
     assert (loaded["model"].encode(texts) == trainer.model.encode(texts)).all()
 
 
-def test_parameters_of_the_loss_are_trained(make):
-    trainer = make(CASES["with trained loss"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+def test_parameters_of_the_loss_are_trained(make, max_grad_norm):
+    """And clipped as the model's are: else the slope of the search were that of no gradient."""
+    trainer = make(CASES["with trained loss"], max_grad_norm=max_grad_norm)
     before = trainer.loss.classifier.weight.detach().clone()
+    norms = []
+
+    def clipped(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
+
+    trainer.create_optimizer().register_step_pre_hook(clipped)
     trainer.train()
     assert not torch.equal(trainer.loss.classifier.weight, before)
+    assert len(norms) == trainer.state.global_step
+    if max_grad_norm:
+        assert norms == pytest.approx([max_grad_norm] * len(norms), rel=1e-3)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert min(logged) > 0.01
+    if not max_grad_norm:
+        assert logged == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_rate_for_some_parameters_is_refused(make):
