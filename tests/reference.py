@@ -331,11 +331,12 @@ class PlusReference(Reference):
             spread = self.average([(x - longer) ** 2 for x in limited], beta)
             high = f >= longer - plus._FALLING * math.sqrt(spread)
         self.decided["still"] += high and not disagree
-        self.decided["tolerated"] += change > bound
-        if self.factor(self.k - 1) < 1 or high or disagree or change > bound:
+        goal = bound if self.untrained else plus._GROWN_TO * bound
+        self.decided["tolerated"] += change > goal
+        if self.factor(self.k - 1) < 1 or high or disagree or change > goal:
             self.decided["waited"] += 1
             return
-        ratio = bound / change if change > 0 else math.inf
+        ratio = goal / change if change > 0 else math.inf
         n = self.n if self.untrained else self.n * min(1, plus._AGREED * votes**2)
         by_change = ratio ** (n / (plus._STEPS_TO_COME_UP * self.share))
         self.eta *= min(2 ** (n / self.settings["steps_to_double"]), by_change, 2)

@@ -304,11 +304,11 @@ class SaLSaAdamPlus(LineSearchAdam):
         shrink:  where D > 3 B, B = `trust` * (mean loss of the first ten searches), by
                  (3 B / D)^(steps since the last search / 10), at most by half (weights that were
                  never trained: where |D| > B, without the 3)
-        grow:    where D <= B, by (B / D)^(n / 60), at most twofold within `steps_to_double` steps,
+        grow:    where D <= 2 B, by (2 B / D)^(n / 60), at most twofold in `steps_to_double` steps,
                  while the loss falls and most steps lower that of the next mini-batch; n are the
                  steps since the last search, and times min(1, 2 p^2) with p the share of steps that
                  lower it less that of those that do not (weights that were never trained: all of
-                 them); runs of less than 500 steps have their share of the 60
+                 them, and B for 2 B); runs of less than 500 steps have their share of the 60
         step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
                  `cool_down` of the run, where it no longer grows
 

@@ -21,7 +21,8 @@ _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
 _AGREED = 2  # times the square of p: share of growth of trained weights, whose falls are small
-_TOLERATED = 3  # times the bound: so far trained weights keep their step size
+_GROWN_TO = 2  # times the bound: so far trained weights grow
+_TOLERATED = 3  # times the bound: so far they keep their step size
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
 _OUT_OF_RANGE = 2  # standard deviations of the first losses above their mean
 _UNKNOWN_RANGE = 3  # times their mean, as long as they are too few for a deviation
@@ -113,8 +114,9 @@ class Plus(StepSizeRule[PlusState]):
                     sample counts at most ten times its bound
         bound       B is `trust` times the mean loss of the first ten searches
         C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
-                    the average of C by the square of that. Between B and L it stays
-        C <= B      eta grows by (B / C)^(n / 60), at most by 2^(n / steps_to_double) and by 2
+                    the average of C by the square of that. Between G and L it stays
+        C <= G      G is 2 B (untrained: B). eta grows by (G / C)^(n / 60), at most by
+                    2^(n / steps_to_double) and by 2
         progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches:
                     whether steps lower the loss of mini-batches that they have not seen. eta does
                     not grow unless p > 0. Where the weights were trained it grows with
@@ -236,6 +238,7 @@ class Plus(StepSizeRule[PlusState]):
         # Where its steps hardly show, only more of them can bring it back.
         out_of_range = self.out_of_range(state) and change > bound / _HARDLY
         limit = bound if state.untrained else _TOLERATED * bound
+        goal = bound if state.untrained else _GROWN_TO * bound
         if change > limit or out_of_range:
             shrinkage = 0.5
             if not out_of_range:
@@ -247,13 +250,13 @@ class Plus(StepSizeRule[PlusState]):
                 change=state.change * shrinkage**2,
             )
         may_grow = state.progress > 0 and self._falls(state)
-        if change > bound or line.last_factor < 1 or not may_grow:
+        if change > goal or line.last_factor < 1 or not may_grow:
             return state
         growing = steps * (1.0 if state.untrained else min(1.0, _AGREED * state.progress**2))
         growth = 2 ** min(1.0, growing / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
-            room = math.log(bound / change) * growing / (_STEPS_TO_COME_UP * self._share(line))
+            room = math.log(goal / change) * growing / (_STEPS_TO_COME_UP * self._share(line))
             growth = min(growth, math.exp(min(room, 1.0)))
         return replace(state, step_size=state.step_size * growth)
 
