@@ -21,6 +21,7 @@ from hf_salsa.rules.plus import (
     _DENSE,
     _FALLING,
     _FIRST,
+    _GROWN_TO,
     _HARDLY,
     _OUT_OF_RANGE,
     _RESOLVED,
@@ -286,10 +287,10 @@ def test_the_bound_is_a_share_of_the_mean_of_the_first_losses(samples, untrained
 
 @pytest.mark.parametrize(
     ("share", "trained", "untrained"),
-    [(0.98, 1, 1), (1.02, 0, -1), (2.98, 0, -1), (3.02, -1, -1)],
+    [(0.98, 1, 1), (1.02, 1, -1), (1.98, 1, -1), (2.02, 0, -1), (2.98, 0, -1), (3.02, -1, -1)],
 )
 @pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_between_its_bound_and_three_times_that_trained_weights_keep_the_step_size(
+def test_from_twice_to_three_times_its_bound_trained_weights_keep_the_step_size(
     share, trained, untrained, factor
 ):
     """In the tail, where none grows, by what a step without the tail would change."""
@@ -412,7 +413,8 @@ def test_where_changes_are_small_the_step_size_grows(
     growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double))
     if share > 1e-200:
         to_come_up = _STEPS_TO_COME_UP * (0.2 if total_steps == 100 else 1.0)
-        growth = min(growth, share ** (-steps / to_come_up))
+        room = (1 if untrained else _GROWN_TO) / share
+        growth = min(growth, room ** (steps / to_come_up))
     assert found == pytest.approx(growth)
 
 
