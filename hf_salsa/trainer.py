@@ -183,6 +183,12 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
             )
         self._objective = BatchObjective(self.model, optimizer)
         self._objective.scene.owner = self
+        if self.accelerator.num_processes > 1 and self._others(self.model):
+            raise ValueError(
+                f"{type(line_search).__name__} does not work with parameters beside the model, as "
+                "those of a loss, in several processes: their gradients are not averaged. Train in "
+                "one process, make them part of the model, or use a stock optimizer."
+            )
         evaluating.plan(self.state.max_steps, done=self.state.global_step)
         if line_search is not None:
             line_search.expect(self.args.gradient_accumulation_steps * processes)
@@ -280,22 +286,27 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
             handler.call_event, accelerator.log = call_event, log
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(self._all_that_is_trained(model))
+        norm = super()._clip_grad_norm(self._with_others(model))
         if self._objective is not None:
             self._objective.note_clipping(norm, self.args.max_grad_norm)
         return norm
 
-    def _all_that_is_trained(self, model: nn.Module) -> nn.Module:
-        """Return the model, with the parameters of a loss beside it: one factor must clip all."""
-        if self._objective is None:
-            return model
+    def _with_others(self, model: nn.Module) -> nn.Module:
+        """Return what has all parameters that are trained: one factor must clip them."""
+        others = self._others(model)
+        return _WithOthers(model, others) if others else model
+
+    def _others(self, model: nn.Module) -> list[Tensor]:
+        """Return the parameters of the line search that are not the model's, as those of a loss."""
+        if self.line_search is None:
+            return []
         own = {id(p) for p in model.parameters()}
-        groups = self._objective.line_search.param_groups
-        others = [p for group in groups for p in group["params"] if id(p) not in own]
-        return nn.ModuleList([model, nn.ParameterList(others)]) if others else model
+        groups = self.line_search.param_groups
+        return [p for group in groups for p in group["params"] if id(p) not in own]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(self._all_that_is_trained(model), grad_norm)
+        whole = self._with_others(model) if grad_norm is None else model
+        norm = super()._get_grad_norm(whole, grad_norm)
         if self._objective is not None:
             self._objective.note_gradient_norm(norm)  # computed for the log, so it costs nothing
         return norm
@@ -393,6 +404,19 @@ class SaLSaTrainerMixin(GoBackMixin, HeadFirstMixin):
         """The searches of the current run."""
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, RunTrace))
+
+
+class _WithOthers(nn.Module):
+    """A model and parameters beside it, for `Trainer` to clip."""
+
+    def __init__(self, model: nn.Module, others: list[Tensor]) -> None:
+        super().__init__()
+        self._parts = (model, others)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        model, others = self._parts
+        yield from model.parameters(recurse)
+        yield from others
 
 
 class SaLSaTrainer(SaLSaTrainerMixin, Trainer):

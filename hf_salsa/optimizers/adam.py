@@ -305,10 +305,11 @@ class SaLSaAdamPlus(LineSearchAdam):
                  (3 B / D)^(steps since the last search / 10), at most by half (weights that were
                  never trained: where |D| > B, without the 3)
         grow:    where D <= 2 B, by (2 B / D)^(n / 60), at most twofold in `steps_to_double` steps,
-                 while the loss falls and most steps lower that of the next mini-batch; n are the
-                 steps since the last search, and times min(1, 2 p^2) with p the share of steps that
-                 lower it less that of those that do not (weights that were never trained: all of
-                 them, and B for 2 B); runs of less than 500 steps have their share of the 60
+                 while the loss falls and p > 0. n are the steps since the last search times
+                 min(1, 2 p^2); p, 0 at first, is the average of 1 where the last step lowered the
+                 loss of the next mini-batch and of -1 where it did not (weights that were never
+                 trained: all steps, and B for 2 B). Runs of less than 500 steps have their share of
+                 the 60
         step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
                  `cool_down` of the run, where it no longer grows
 

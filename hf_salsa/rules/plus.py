@@ -117,10 +117,10 @@ class Plus(StepSizeRule[PlusState]):
                     the average of C by the square of that. Between G and L it stays
         C <= G      G is 2 B (untrained: B). eta grows by (G / C)^(n / 60), at most by
                     2^(n / steps_to_double) and by 2
-        progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches:
-                    whether steps lower the loss of mini-batches that they have not seen. eta does
-                    not grow unless p > 0. Where the weights were trained it grows with
-                    n min(1, 2 p^2) for n: their loss often only seems to fall
+        progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches,
+                    0 at first: whether steps lower the loss of mini-batches that they have not
+                    seen. eta does not grow unless p > 0. Where the weights were trained it grows
+                    with n min(1, 2 p^2) for n: their loss often only seems to fall
         loss        it does not grow unless the average of the loss is 0.4 standard deviations below
                     that of about the last ten (before the tenth: at most the mean so far), and
                     halves while it is above the mean of the first ten by more than two standard
@@ -136,7 +136,8 @@ class Plus(StepSizeRule[PlusState]):
     Args:
         first_share: Share of the first step size found at which training starts, in (0, 1].
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
-            share of the loss at the start, above 0. Trained weights shrink steps at three times it.
+            share of the loss at the start, above 0. Steps of trained weights grow up to twice it,
+            and shrink above three times it.
         steps_to_double: Steps in which the step size may double, at least 1; with trained weights
             more, the fewer of them make progress.
         max_search_interval: Most steps between two searches, at least 1.

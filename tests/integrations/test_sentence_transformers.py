@@ -159,6 +159,14 @@ def test_parameters_of_the_loss_are_trained(make, max_grad_norm):
         assert logged == pytest.approx(norms, rel=1e-3)
 
 
+def test_parameters_of_the_loss_are_refused_in_several_processes(make, monkeypatch):
+    """DDP averages the gradients of the model alone."""
+    trainer = make(CASES["with trained loss"])
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(ValueError, match="SaLSaAdam.* does not work with parameters beside the"):
+        trainer.train()
+
+
 def test_a_rate_for_some_parameters_is_refused(make):
     trainer = make(CASES["plain"], learning_rate_mapping={"embeddings": 1e-3})
     with pytest.raises(ValueError, match=r"lr=0.001 in a parameter group is not allowed"):
