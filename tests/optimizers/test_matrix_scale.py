@@ -29,8 +29,8 @@ def test_it_is_the_step_at_which_signs_that_agree_reach_the_spectral_norm():
 
 def test_it_is_the_geometric_mean_over_matrices_large_and_small():
     of_first = 0.5 * (4**-0.5 + 9**-0.5)
-    of_kernel = 2.0 * (16**-0.5 + 25**-0.5)
-    first, kernel = torch.full((9, 4), -0.5), torch.full((16, 1, 5, 5), 2.0)
+    of_kernel = 2.0 * (16**-0.5 + 72**-0.5)
+    first, kernel = torch.full((9, 4), -0.5), torch.full((16, 8, 3, 3), 2.0)
     assert scale_of(first) == pytest.approx(of_first)
     assert scale_of(first, kernel) == pytest.approx(math.sqrt(of_first * of_kernel))
     # A matrix that takes shorter steps has room for longer ones.
@@ -42,13 +42,15 @@ def test_it_is_the_geometric_mean_over_matrices_large_and_small():
     ("shape", "rows", "columns"),
     [
         ((32, 16, 3, 3), 32, 144),  # a convolution
-        ((48, 1, 5, 5), 48, 25),  # of every channel for itself
+        ((48, 1, 5, 5), 1, 25),  # a depthwise one: every channel for itself
+        ((24, 1, 7), 1, 7),
+        ((1, 1, 5, 5), 5, 5),
         ((24, 16, 3), 24, 48),
         ((1, 50, 32), 50, 32),  # embeddings of positions, as of a vision transformer
         ((8, 60, 40), 480, 40),  # eight experts: (60, 40) is one of them
     ],
 )
-def test_weights_of_more_dimensions_are_the_matrix_closest_to_a_square(shape, rows, columns):
+def test_weights_of_more_dimensions_are_one_matrix_or_several(shape, rows, columns):
     assert scale_of(torch.ones(shape)) == pytest.approx(rows**-0.5 + columns**-0.5)
 
 
