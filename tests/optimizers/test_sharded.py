@@ -100,7 +100,7 @@ def test_sharded_weights_show_whether_they_were_trained(mesh, placement):
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()])
 def test_sharded_matrices_have_the_size_of_whole_ones(mesh, placement):
     torch.manual_seed(0)
-    matrices = [torch.randn(6, 4), torch.randn(3, 2, 2).bfloat16()]
+    matrices = [torch.randn(6, 4), torch.randn(3, 2, 2).bfloat16(), torch.randn(6, 1, 3)]
     placed = [nn.Parameter(distribute_tensor(m, mesh, [placement])) for m in matrices]
     of_placed, of_whole = (matrix_scale((w, 1.0) for w in side) for side in (placed, matrices))
     assert of_placed == pytest.approx(of_whole, rel=1e-6)
