@@ -249,7 +249,16 @@ class PlusReference(Reference):
         self.compared: list[tuple[float, float]] = []  # losses, and means of the first then
         self.signs: list[float] = []  # of f(w - u) - f(w)
         # Searches in which each of them decided.
-        names = ["warmed up", "shrunk", "out of range", "waited", "still", "grown", "tolerated"]
+        names = [
+            "warmed up",
+            "lowered",
+            "shrunk",
+            "out of range",
+            "waited",
+            "still",
+            "grown",
+            "tolerated",
+        ]
         self.decided = dict.fromkeys(names, 0)
 
     def factor(self, k: int) -> float:
@@ -292,18 +301,25 @@ class PlusReference(Reference):
         self.changes.append(change)
         self.signs.append(math.copysign(decrease != 0, decrease))
         if self.warming_up:
-            self.warm_up()
+            self.warm_up(bound)
         else:
             self.move(bound, mean)
         self.L = self.interval()
 
-    def warm_up(self) -> None:
+    def warm_up(self, bound: float = math.inf) -> None:
         """The line through 0 that reaches its end in the last step of the warm-up."""
         last = max(1, math.floor(self.total_steps / 20)) if self.total_steps else 50
         k = self.k - self.started_at + 1
         self.eta = self.warm_up_to * min(k, last) / last
         self.warming_up = k < last
         self.decided["warmed up"] += 1
+        change = self.average(self.changes) if self.changes else 0.0
+        if self.untrained and change > bound:
+            shrinkage = max(0.5, (bound / change) ** (self.n / plus._STEPS_TO_RETURN))
+            self.eta *= shrinkage
+            self.warm_up_to *= shrinkage
+            self.changes = [x * shrinkage**2 for x in self.changes]
+            self.decided["lowered"] += 1
 
     def move(self, bound: float, mean: float) -> None:
         """Shrink or grow eta by the averages."""

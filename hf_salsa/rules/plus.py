@@ -54,7 +54,7 @@ class PlusState(RuleState):
         started_at: The step of the run at which the first step size was found; in a second run that
             of its first search, if that is earlier.
         untrained: Whether the weights were never trained before.
-        warm_up_to: Where the warm-up ends; 0 if there is none.
+        warm_up_to: Where the warm-up ends, as it stands; 0 if there is none.
         warming_up: Whether the step size still rises to it.
     """
 
@@ -68,7 +68,7 @@ class PlusState(RuleState):
         "warm_up_to": (0, 1),
     }
 
-    rule_version: int = 10
+    rule_version: int = 11
     first_losses: float = 0.0
     first_squares: float = 0.0
     loss: float = 0.0
@@ -103,18 +103,19 @@ class Plus(StepSizeRule[PlusState]):
 
         first       training starts at `first_share` of the largest step size that the first
                     mini-batch accepts: f(w) - f(w + eta d) >= 0.4 eta slope (Eq. 1)
-        warm-up     eta rises linearly instead, over 5 % of the run (50 steps without a known end),
-                    whatever |D| is: where the weights were never trained, to the usual step size of
-                    the direction (sharpness follows the step size, so that a run that starts with
-                    short steps would be held to them); after a new head was trained alone, to 0.02
-                    of the step size whose steps may be as large as the matrices of the trained body
+        warm-up     eta rises linearly instead, over 5 % of the run (50 steps without a known end):
+                    where the weights were never trained, to the usual step size of the direction
+                    (sharpness follows the step size, so that a run that starts with short steps
+                    would be held to them); after a new head was trained alone, to 0.02 of the step
+                    size whose steps may be as large as the matrices of the trained body
                     (`Line.matrix_scale`). Where no step size is usual (SGD), there is none
         change      C is D where that is above 0, else 0: some mini-batches bend down where most
                     bend up, and batch normalisation has many of them. Untrained, C is |D|. One
                     sample counts at most ten times its bound
         bound       B is `trust` times the mean loss of the first ten searches
         C > L       L is 3 B (untrained: B). eta shrinks by (L / C)^(n / 10), at most by half, and
-                    the average of C by the square of that. Between G and L it stays
+                    the average of C by the square of that. Between G and L it stays. A warm-up goes
+                    on meanwhile, from scratch to an end that shrinks with eta, else to its own
         C <= G      G is 2 B (untrained: B). eta grows by (G / C)^(n / 60), at most by
                     2^(n / steps_to_double) and by 2
         progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches,
@@ -229,6 +230,8 @@ class Plus(StepSizeRule[PlusState]):
         )
         if not warming_up:
             seen = self._moved(seen, line, bound)
+        elif seen.untrained:
+            seen = self._lowered(seen, bound)
         searched = seen.accepted(search_interval=self._interval(seen, line))
         return self._record(line, searched, loss_before, slope, trials=int(shown)), searched
 
@@ -241,9 +244,7 @@ class Plus(StepSizeRule[PlusState]):
         limit = bound if state.untrained else _TOLERATED * bound
         goal = bound if state.untrained else _GROWN_TO * bound
         if change > limit or out_of_range:
-            shrinkage = 0.5
-            if not out_of_range:
-                shrinkage = max(shrinkage, (limit / change) ** (steps / _STEPS_TO_RETURN))
+            shrinkage = 0.5 if out_of_range else self._shrinkage(change, limit, steps)
             return replace(
                 state,
                 step_size=state.step_size * shrinkage,
@@ -260,6 +261,24 @@ class Plus(StepSizeRule[PlusState]):
             room = math.log(goal / change) * growing / (_STEPS_TO_COME_UP * self._share(line))
             growth = min(growth, math.exp(min(room, 1.0)))
         return replace(state, step_size=state.step_size * growth)
+
+    def _lowered(self, state: PlusState, bound: float) -> PlusState:
+        """Return the state with the end of a warm-up lowered where steps change too much."""
+        change = state.change / (1 - _BETA**state.samples)
+        if change <= bound:
+            return state
+        shrinkage = self._shrinkage(change, bound, state.steps_since_search + 1)
+        return replace(
+            state,
+            step_size=state.step_size * shrinkage,
+            warm_up_to=state.warm_up_to * shrinkage,
+            change=state.change * shrinkage**2,
+        )
+
+    @staticmethod
+    def _shrinkage(change: float, limit: float, steps: int) -> float:
+        """Return by what a step size shrinks, the sooner, the further its change is above."""
+        return max(0.5, (limit / change) ** (steps / _STEPS_TO_RETURN))
 
     @staticmethod
     def averaged_loss(state: PlusState) -> float:

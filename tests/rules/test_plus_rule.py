@@ -180,7 +180,7 @@ def test_such_a_run_starts_with_a_warm_up_and_tries_nothing(total, steps, weight
 
 @pytest.mark.parametrize("change", [0.0, BOUND / 4, 5 * BOUND, math.inf])
 @pytest.mark.parametrize("loss", [1.0, 50.0])
-def test_in_the_warm_up_the_step_size_rises_whatever_a_search_sees(change, loss):
+def test_in_the_warm_up_of_trained_weights_it_rises_whatever_a_search_sees(change, loss):
     state = WARM
     for step in (1, 2, 9, 18):
         record, state, looks = look(state, change, loss=loss, step=step, total_steps=400)
@@ -188,6 +188,23 @@ def test_in_the_warm_up_the_step_size_rises_whatever_a_search_sees(change, loss)
         assert (state.warming_up, looks) == (True, 1)
     assert state.samples == 4
     assert (state.change > 0) == (change > 0)  # what it saw counts afterwards
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_from_scratch_the_end_of_a_warm_up_shrinks_while_steps_change_too_much(steps):
+    """As eta does after it, and the average of the changes with both."""
+    state = replace(WARM, untrained=True, steps_since_search=steps - 1)
+    _, kept, _ = look(state, BOUND * (1 - 1e-9), step=9, total_steps=400)
+    assert (kept.step_size, kept.warm_up_to) == (USUAL / 2, USUAL)
+    _, lower, _ = look(state, 4 * BOUND, step=9, total_steps=400)
+    shrunk = 4 ** (-steps / 10)
+    assert lower.step_size == pytest.approx(shrunk * USUAL / 2)
+    assert lower.warm_up_to == pytest.approx(shrunk * USUAL)
+    assert lower.change == pytest.approx((1 - _BETA) * 4 * BOUND * shrunk**2)
+    assert lower.warming_up
+    _, least, _ = look(replace(state, steps_since_search=99), math.inf, step=19, total_steps=400)
+    assert (least.step_size, least.warm_up_to) == (USUAL / 2, USUAL / 2)
+    assert not least.warming_up
 
 
 def test_a_second_run_that_begins_in_the_warm_up_begins_it_anew():
