@@ -277,8 +277,9 @@ class Plus(StepSizeRule[PlusState]):
 
     @staticmethod
     def _shrinkage(change: float, limit: float, steps: int) -> float:
-        """Return by what a step size shrinks, the sooner, the further its change is above."""
-        return max(0.5, (limit / change) ** (steps / _STEPS_TO_RETURN))
+        """Return by what a step size shrinks: the more, the further its change is above."""
+        shrinkage: float = (limit / change) ** (steps / _STEPS_TO_RETURN)
+        return max(0.5, shrinkage)
 
     @staticmethod
     def averaged_loss(state: PlusState) -> float:
