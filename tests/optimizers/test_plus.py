@@ -105,6 +105,26 @@ def test_trajectory_of_weights_that_were_never_trained_is_the_references(
 
 @both_directions
 @silent
+def test_trajectory_of_a_warm_up_that_is_lowered_is_the_references(direction):
+    """With a bound so low that steps of the warm-up change too much."""
+    weights, params = initial_weights(), parameters()
+    for w in (*weights, *(p.data for p in params)):
+        if w.dim() == 1:
+            w.zero_()
+    options = {"direction": direction, "total_steps": 237, "trust": 1e-8}
+    optimizer = SaLSaAdamPlus(params, **options)
+    started = [Parameter(w) for w in weights]
+    reference = PlusReference("SaLSaAdamPlus", started, untrained=True, usual=1e-3, **options)
+    for x, y in batches(237):
+        train(optimizer, params, [(x, y)])
+        reference.step(lambda w, x=x, y=y: network_loss(w, x, y))
+        assert optimizer.step_size == pytest.approx(reference.applied, rel=1e-4)
+    assert 0 < reference.decided["lowered"] < reference.decided["warmed up"]
+    assert optimizer.param_groups[0]["warm_up_to"] == pytest.approx(reference.warm_up_to)
+
+
+@both_directions
+@silent
 def test_trajectory_after_a_head_phase_is_the_references(direction):
     """From the weights that the phase leaves; the body's one matrix says where the warm-up ends."""
     params, total_steps, head_steps = parameters(), 237, 5
