@@ -298,9 +298,9 @@ class SaLSaAdamPlus(LineSearchAdam):
                  mhat that of Nesterov's momentum (`LineSearchAdam`);
                  where the weights were never trained eta rises instead, over 5 % of the run, to
                  1e-3, Adam's default since its paper, which shrinks as eta does below; after a head
-                 to 0.02 s, s the geometric mean
-                 of rms (1/sqrt(rows) + 1/sqrt(columns)) over the body's matrices: steps whose signs
-                 agree are 2 % of the spectral norm that random matrices of their size have
+                 to 0.02 s, s the geometric mean of rms (1/sqrt(rows) + 1/sqrt(columns)) over the
+                 body's matrices: steps whose signs agree are 2 % of the spectral norm that random
+                 matrices of their size have
         search:  D = f(w - u) - f(w) + <g, u>, one forward pass; averaged
         shrink:  where D > 3 B, B = `trust` * (mean loss of the first ten searches), by
                  (3 B / D)^(steps since the last search / 10), at most by half (weights that were

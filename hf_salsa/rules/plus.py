@@ -245,12 +245,7 @@ class Plus(StepSizeRule[PlusState]):
         goal = bound if state.untrained else _GROWN_TO * bound
         if change > limit or out_of_range:
             shrinkage = 0.5 if out_of_range else self._shrinkage(change, limit, steps)
-            return replace(
-                state,
-                step_size=state.step_size * shrinkage,
-                # Else the average would go on shrinking what no longer makes such changes.
-                change=state.change * shrinkage**2,
-            )
+            return self._shrunk(state, shrinkage)
         may_grow = state.progress > 0 and self._falls(state)
         if change > goal or line.last_factor < 1 or not may_grow:
             return state
@@ -268,10 +263,14 @@ class Plus(StepSizeRule[PlusState]):
         if change <= bound:
             return state
         shrinkage = self._shrinkage(change, bound, state.steps_since_search + 1)
+        return replace(self._shrunk(state, shrinkage), warm_up_to=state.warm_up_to * shrinkage)
+
+    @staticmethod
+    def _shrunk(state: PlusState, shrinkage: float) -> PlusState:
         return replace(
             state,
             step_size=state.step_size * shrinkage,
-            warm_up_to=state.warm_up_to * shrinkage,
+            # Else the average would go on shrinking what no longer makes such changes.
             change=state.change * shrinkage**2,
         )
 
