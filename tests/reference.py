@@ -220,6 +220,7 @@ class PlusReference(Reference):
         total_steps: int = 0,
         initial_step_size: float = Plus.initial_step_size,
         untrained: bool = False,
+        all_trained: bool = False,
         usual: float = 0.0,
         matrices: Sequence[Tensor] = (),
         **options: float,
@@ -232,6 +233,7 @@ class PlusReference(Reference):
         self.settings = vars(Plus(**options))
         self.total_steps = total_steps
         self.untrained = untrained
+        self.all_trained = all_trained
         self.warm_up_to = usual  # step size, of weights that were never trained
         if matrices:  # of the body, after a head phase
             sizes = [
@@ -353,7 +355,8 @@ class PlusReference(Reference):
             self.decided["waited"] += 1
             return
         ratio = goal / change if change > 0 else math.inf
-        n = self.n if self.untrained else self.n * min(1, plus._AGREED * votes**2)
+        alike = self.untrained or self.all_trained
+        n = self.n if alike else self.n * min(1, plus._AGREED * votes**2)
         by_change = ratio ** (n / (plus._STEPS_TO_COME_UP * self.share))
         self.eta *= min(2 ** (n / self.settings["steps_to_double"]), by_change, 2)
         self.decided["grown"] += 1

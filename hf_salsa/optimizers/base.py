@@ -45,7 +45,7 @@ from .state import (
 )
 from .tensors import LOW_PRECISION, dots, scaled
 from .trial_points import PREVIOUS, Chunk, TrialPoints, cut
-from .untrained import never_trained
+from .untrained import never_trained, some_new
 
 _HOST_DEVICES = ("cpu",)  # reading a number from any other device waits for it
 
@@ -406,10 +406,13 @@ class LineSearchOptimizer(Direction, Evaluating):
             for param in group["params"]
             if param.grad is not None
         ]
-        if never_trained([param for _, param in with_gradients]):
+        params = [param for _, param in with_gradients]
+        if never_trained(params):
             return {"untrained": True, "usual_step_size": self.usual_step_size}
-        if not (run.head_steps and self.usual_step_size):
+        if not self.usual_step_size:
             return {}
+        if not run.head_steps:
+            return {"all_trained": not some_new(params)}
         body = ((p, g["step_size_factor"]) for g, p in with_gradients if not g["head"])
         return {"matrix_scale": matrix_scale(body)}
 

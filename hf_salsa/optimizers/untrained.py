@@ -1,11 +1,11 @@
-"""Whether weights were ever trained."""
+"""Whether weights were ever trained, all of them or some."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .tensors import local, sum_over_shards, widest
+from .tensors import local, numbers, precise, sum_over_shards, whole, widest
 
 
 def never_trained(params: Sequence[Tensor]) -> bool:
@@ -33,3 +33,21 @@ def never_trained(params: Sequence[Tensor]) -> bool:
         ]
         made, total = sum_over_shards([as_made, all_numbers], flat).tolist()
     return bool(2 * made > total)
+
+
+def some_new(params: Sequence[Tensor]) -> bool:
+    """Return whether some weights beside trained ones still have the values they were made with.
+
+    New parts start with a parameter that is 0: the second matrix of LoRA's adapters, the bias of a
+    head, a gate. Training moves nearly every number.
+
+    Args:
+        params: The trainable parameters, sharded or not. All processes must ask.
+
+    Returns:
+        Whether a parameter is exactly 0 throughout.
+    """
+    norms = [
+        whole(torch.linalg.vector_norm(p.detach(), dtype=precise(p))) for p in params if p.numel()
+    ]
+    return 0.0 in (numbers(*norms) if norms else [])

@@ -42,7 +42,9 @@ class Line:
         step: How many steps the run has behind it.
         total_steps: Steps of the run; 0 where they are not known.
         untrained: Whether the weights were never trained. Asked before the first step size is
-            found, if the rule has `looks_at_weights`; else False, like the two below 0.
+            found, if the rule has `looks_at_weights`; else False, like those below False or 0.
+        all_trained: Whether all of them were: no new head was trained alone, and no parameter is 0
+            as the second matrix of new adapters. False where no step size is usual.
         usual_step_size: What people use along this direction for such weights. 0 where they were
             trained, and where no number is usual (SGD).
         matrix_scale: After a new head was trained alone: the step size at which one step may be as
@@ -60,6 +62,7 @@ class Line:
     step: int = 0
     total_steps: int = 0
     untrained: bool = False
+    all_trained: bool = False
     usual_step_size: float = 0.0
     matrix_scale: float = 0.0
 
@@ -226,8 +229,8 @@ class StepSizeRule(ABC, Generic[State]):
     looks_back: ClassVar[bool] = False
     # Whether `Line.agreement` is used. It costs a pass over the gradients.
     wants_agreement: ClassVar[bool] = False
-    # Whether `Line.untrained`, `usual_step_size` and `matrix_scale` are used. They cost a look at
-    # the biases and normalisations, and perhaps at the matrices, once.
+    # Whether `Line.untrained`, `all_trained`, `usual_step_size` and `matrix_scale` are used. They
+    # cost a look at the weights, once.
     looks_at_weights: ClassVar[bool] = False
     # Whether gradients are clipped as Trainer does it, unless the user says otherwise.
     clips_gradients: ClassVar[bool] = True

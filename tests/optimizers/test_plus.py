@@ -45,7 +45,10 @@ def test_trajectory_is_the_references(case, direction, grouped, variant):
         own = [{} if case.adam else {"momentum": 0.9}] * 4
         optimizer = case.make(params, **options)
     reference = PlusReference(
-        case.cls.__name__, [Parameter(w, **o) for w, o in zip(weights, own, strict=True)], **options
+        case.cls.__name__,
+        [Parameter(w, **o) for w, o in zip(weights, own, strict=True)],
+        all_trained=case.adam,
+        **options,
     )
     for k, (x, y) in enumerate(batches(300)):
         if variant != "defaults" and 50 <= k < 60:

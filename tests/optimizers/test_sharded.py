@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from hf_salsa import SaLSaAdam
 from hf_salsa.optimizers import base
 from hf_salsa.optimizers.matrix_scale import matrix_scale
-from hf_salsa.optimizers.untrained import never_trained
+from hf_salsa.optimizers.untrained import never_trained, some_new
 
 
 @pytest.mark.slow
@@ -95,6 +95,8 @@ def test_sharded_weights_show_whether_they_were_trained(mesh, placement):
 
     assert never_trained(sharded(torch.ones(6), torch.zeros(4), torch.randn(4, 6)))
     assert not never_trained(sharded(torch.randn(6), torch.zeros(4), torch.randn(4, 6)))
+    assert some_new(sharded(torch.randn(6), torch.zeros(4), torch.randn(4, 6)))
+    assert not some_new(sharded(torch.randn(6), torch.tensor([0, 0, 0, 1.0]), torch.randn(4, 6)))
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()])

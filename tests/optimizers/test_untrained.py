@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from hf_salsa import SaLSaAdamPlus, SaLSaSGDPlus
-from hf_salsa.optimizers.untrained import never_trained
+from hf_salsa.optimizers.untrained import never_trained, some_new
 
 USUAL = SaLSaAdamPlus.usual_step_size
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
@@ -68,6 +68,47 @@ def test_a_new_head_does_not_make_a_trained_body_new():
     head = nn.Linear(8, 3)
     nn.init.zeros_(head.bias)
     assert not never_trained([*body.parameters(), *head.parameters()])
+
+
+def test_a_new_part_shows_by_a_parameter_of_0():
+    """The bias of a head, the second matrix of adapters, a gate; and no longer after one step."""
+    trained = [torch.randn(4, 3), torch.randn(4), torch.tensor([0.0, 1.0]), torch.zeros(0)]
+    assert not some_new([])
+    assert not some_new(trained)
+    for new in (torch.zeros(4), torch.zeros(4, 2), torch.zeros(()), torch.zeros(2).bfloat16()):
+        assert some_new([*trained, new])
+        param = nn.Parameter(new)
+        param.grad = torch.ones_like(param)
+        torch.optim.AdamW([param], lr=1e-5).step()
+        assert not some_new([*trained, param])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.complex64):
+        assert not some_new([torch.tensor([0, 1e-7], dtype=dtype)])
+        assert some_new([torch.zeros(2, dtype=dtype)])
+
+
+def train_on(optimizer_type, *, new_bias=False, frozen=False, head_first=0):
+    """Return the group of an optimizer that has found its first step size."""
+    model = normalised()
+    for param in model.parameters():
+        param.data.add_(1e-3)
+    if new_bias:
+        nn.init.zeros_(model[3].bias)
+    model[3].bias.requires_grad_(not frozen)
+    head = {"params": model[3].parameters(), "head": True}
+    groups = [{"params": model[:3].parameters()}, head]
+    optimizer = optimizer_type(groups, total_steps=400, head_first=head_first)
+    train_regression(optimizer, model, 3)
+    return optimizer.param_groups[0]
+
+
+@silent
+def test_only_a_trained_model_with_nothing_new_counts_as_all_trained():
+    assert train_on(SaLSaAdamPlus)["all_trained"]
+    assert train_on(SaLSaAdamPlus, new_bias=True, frozen=True)["all_trained"]
+    assert not train_on(SaLSaAdamPlus, new_bias=True)["all_trained"]
+    assert not train_on(SaLSaAdamPlus, head_first=2)["all_trained"]
+    assert not train_on(SaLSaSGDPlus)["all_trained"]
+    assert not train_on(SaLSaAdamPlus, new_bias=True, head_first=2)["untrained"]
 
 
 @silent

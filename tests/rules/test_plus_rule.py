@@ -415,22 +415,22 @@ def test_the_average_decides_not_one_mini_batch():
 @pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("total_steps", [0, 100, 1000])
 @pytest.mark.parametrize("share", [0.0, 1e-300, 1e-4, 0.1, 0.9])
-@pytest.mark.parametrize(("untrained", "progress"), [(True, 1), (False, 1), (False, 0.4)])
-def test_where_changes_are_small_the_step_size_grows(
-    untrained, progress, steps, share, total_steps
-):
-    """The faster the smaller they are; trained weights' also the faster the more votes agree."""
+@pytest.mark.parametrize("progress", [1, 0.4])
+@pytest.mark.parametrize("weights", ["untrained", "all_trained", "beside a new part"])
+def test_where_changes_are_small_the_step_size_grows(weights, progress, steps, share, total_steps):
+    """The faster the smaller they are; beside a new part also the faster the more votes agree."""
     average = (1 - _BETA**SAMPLES) * share * BOUND
-    of_weights = {"change": average, "untrained": untrained}
+    new_part = weights == "beside a new part"
+    of_weights = {"change": average} | ({} if new_part else {weights: True})
     before = (progress - 0.1) / _BETA_LONG / (1 - _BETA_LONG**SAMPLES)  # without this one's vote
     state = falling(2.0, steps_since_search=steps - 1, progress=before, **of_weights)
     line = {"loss": LOSS, "total_steps": total_steps, "foreseen": -0.5}
     found = look(state, share * BOUND, **line)[1].step_size / 0.25
-    steps = steps if untrained else steps * min(1, _AGREED * progress**2)
+    steps = steps * min(1, _AGREED * progress**2) if new_part else steps
     growth = min(2.0, 2 ** (steps / SETTINGS.steps_to_double))
     if share > 1e-200:
         to_come_up = _STEPS_TO_COME_UP * (0.2 if total_steps == 100 else 1.0)
-        room = (1 if untrained else _GROWN_TO) / share
+        room = (1 if weights == "untrained" else _GROWN_TO) / share
         growth = min(growth, room ** (steps / to_come_up))
     assert found == pytest.approx(growth)
 
