@@ -355,8 +355,8 @@ class PlusReference(Reference):
             self.decided["waited"] += 1
             return
         ratio = goal / change if change > 0 else math.inf
-        alike = self.untrained or self.all_trained
-        n = self.n if alike else self.n * min(1, plus._AGREED * votes**2)
+        all_count = self.untrained or self.all_trained
+        n = self.n if all_count else self.n * min(1, plus._AGREED * votes**2)
         by_change = ratio ** (n / (plus._STEPS_TO_COME_UP * self.share))
         self.eta *= min(2 ** (n / self.settings["steps_to_double"]), by_change, 2)
         self.decided["grown"] += 1

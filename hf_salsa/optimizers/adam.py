@@ -306,11 +306,12 @@ class SaLSaAdamPlus(LineSearchAdam):
                  (3 B / D)^(steps since the last search / 10), at most by half (weights that were
                  never trained: where |D| > B, without the 3)
         grow:    where D <= 2 B, by (2 B / D)^(n / 60), at most twofold in `steps_to_double` steps,
-                 while the loss falls and p > 0. n are the steps since the last search; beside a new
-                 head or new adapters (a parameter that is 0) on trained weights those times
-                 min(1, 2 p^2). p, 0 at first, is the average of 1 where the last step lowered the
-                 loss of the next mini-batch and of -1 where it did not. Weights that were never
-                 trained: B for 2 B. Runs of less than 500 steps have their share of the 60
+                 while the loss falls and p > 0. n are the steps since the last search; on trained
+                 weights with a new head or adapters (a parameter is 0 throughout), and with SGD,
+                 min(1, 2 p^2) of them. p, 0 at first, is the average of 1 where the last step
+                 lowered the loss of the next mini-batch and of -1 where it did not. Weights that
+                 were never trained: B for 2 B. Runs of less than 500 steps have their share of the
+                 60
         step:    w - eta mhat / (sqrt(vhat) + eps), eta falling linearly to 0 over the last
                  `cool_down` of the run, where it no longer grows
 
@@ -328,8 +329,8 @@ class SaLSaAdamPlus(LineSearchAdam):
             matrices, none of them 0, and where the weights were never trained, that is, most biases
             and normalisations are 0 or 1.
         trust: B as a share of the loss at the start, above 0.
-        steps_to_double: Steps in which the step size may double, at least 1; with a new head or new
-            adapters on trained weights more, the fewer of them make progress.
+        steps_to_double: Steps in which the step size may double, at least 1; with a new head or
+            adapters on trained weights, and with SGD, more, the fewer of them make progress.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         max_search_interval: Most steps between two searches, at least 1.
         direction: Along which the first step size is found: `"momentum"`, d as above, or

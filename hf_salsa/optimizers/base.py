@@ -412,6 +412,7 @@ class LineSearchOptimizer(Direction, Evaluating):
         if not self.usual_step_size:
             return {}
         if not run.head_steps:
+            # Not for SGD, above: where its steps grow freely, one of them may break a run.
             return {"all_trained": not some_new(params)}
         body = ((p, g["step_size_factor"]) for g, p in with_gradients if not g["head"])
         return {"matrix_scale": matrix_scale(body)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .tensors import numbers, precise, whole
+from .tensors import numbers, whole, widest
 
 
 def matrix_scale(weights: Iterable[tuple[Tensor, float]]) -> float:
@@ -36,7 +36,7 @@ def matrix_scale(weights: Iterable[tuple[Tensor, float]]) -> float:
         for weight, factor in weights
         if (shape := _shape(weight)) is not None
     ]
-    norms = [whole(torch.linalg.vector_norm(m, dtype=precise(m))) for m, _, _ in matrices]
+    norms = [whole(torch.linalg.vector_norm(m, dtype=_precise(m))) for m, _, _ in matrices]
     logarithms = []
     for (matrix, (rows, columns), factor), norm in zip(
         matrices, numbers(*norms) if norms else [], strict=True
@@ -57,3 +57,8 @@ def _shape(weight: Tensor) -> tuple[int, int] | None:
     cuts = ((shape[:cut].numel(), shape[cut:].numel()) for cut in range(1, weight.dim()))
     closest = max(cuts, key=min, default=(1, 1))
     return closest if min(closest) > 1 else None
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    dtype = widest(tensor.device)
+    return dtype.to_complex() if tensor.is_complex() else dtype

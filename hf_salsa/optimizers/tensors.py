@@ -28,12 +28,6 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def precise(tensor: Tensor) -> torch.dtype:
-    """Return the type in which the norm of a tensor is taken."""
-    dtype = widest(tensor.device)
-    return dtype.to_complex() if tensor.is_complex() else dtype
-
-
 def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a `DTensor`."""
     module = sys.modules.get("torch.distributed.tensor")

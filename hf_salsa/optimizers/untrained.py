@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tensors import local, numbers, precise, sum_over_shards, whole, widest
+from .tensors import local, numbers, sum_over_shards, whole, widest
 
 
 def never_trained(params: Sequence[Tensor]) -> bool:
@@ -38,16 +38,16 @@ def never_trained(params: Sequence[Tensor]) -> bool:
 def some_new(params: Sequence[Tensor]) -> bool:
     """Return whether some weights beside trained ones still have the values they were made with.
 
-    New parts start with a parameter that is 0: the second matrix of LoRA's adapters, the bias of a
-    head, a gate. Training moves nearly every number.
+    It shows where a parameter is 0 throughout: the second matrix of LoRA's adapters, the bias of a
+    head, a gate. Training moves nearly every number. What starts with other values does not show,
+    as a head without bias.
 
     Args:
         params: The trainable parameters, sharded or not. All processes must ask.
 
     Returns:
-        Whether a parameter is exactly 0 throughout.
+        Whether a parameter is exactly 0 throughout; empty ones do not count.
     """
-    norms = [
-        whole(torch.linalg.vector_norm(p.detach(), dtype=precise(p))) for p in params if p.numel()
-    ]
+    # Sums of magnitudes: unlike squares they do not vanish, and need no wider copy.
+    norms = [whole(torch.linalg.vector_norm(p.detach(), 1)) for p in params if p.numel()]
     return 0.0 in (numbers(*norms) if norms else [])

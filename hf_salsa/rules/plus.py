@@ -20,7 +20,7 @@ _FIRST = 10  # searches whose losses are the scale of the run
 _SAMPLE_LIMIT = 10  # times its bound; one mini-batch must not decide for long
 _STEPS_TO_RETURN = 10  # in which a change at several times its bound comes back to it
 _STEPS_TO_COME_UP = 60  # in which one below it comes up to it: growth must not outrun its average
-_AGREED = 2  # times the square of p: share of growth beside a new part, where falls are small
+_AGREED = 2  # times the square of p: share of growth where a fall of the loss may be chance
 _GROWN_TO = 2  # times the bound: so far trained weights grow
 _TOLERATED = 3  # times the bound: so far they keep their step size
 _RESOLVED = 10  # times the loss's resolution: a change of that size shows
@@ -53,8 +53,8 @@ class PlusState(RuleState):
         samples: How many searches the averages have seen.
         started_at: The step of the run at which the first step size was found; in a second run that
             of its first search, if that is earlier.
-        untrained: Whether the weights were never trained before.
-        all_trained: Whether all of them were, with nothing new beside them.
+        untrained: Whether the weights were never trained before, at the first search.
+        all_trained: Whether they were trained and none is known to be new, at the first search.
         warm_up_to: Where the warm-up ends, as it stands; 0 if there is none.
         warming_up: Whether the step size still rises to it.
     """
@@ -122,9 +122,9 @@ class Plus(StepSizeRule[PlusState]):
                     2^(n / steps_to_double) and by 2
         progress    p, the average of the sign of f(w - u) - f(w) over about the last ten searches,
                     0 at first: whether steps lower the loss of mini-batches that they have not
-                    seen. eta does not grow unless p > 0. Beside a new head or new adapters on
-                    trained weights it grows with n min(1, 2 p^2) for n: the loss often only seems
-                    to fall
+                    seen. eta does not grow unless p > 0. On trained weights it grows with
+                    n min(1, 2 p^2) for n, as their loss often only seems to fall, but for those of
+                    which none is known to be new (`Line.all_trained`)
         loss        it does not grow unless the average of the loss is 0.4 standard deviations below
                     that of about the last ten (before the tenth: at most the mean so far), and
                     halves while it is above the mean of the first ten by more than two standard
@@ -142,8 +142,8 @@ class Plus(StepSizeRule[PlusState]):
         trust: Change of the loss that a step may make beside what the gradient foresees, as a
             share of the loss at the start, above 0. Steps of trained weights grow up to twice it,
             and shrink above three times it.
-        steps_to_double: Steps in which the step size may double, at least 1; with a new head or new
-            adapters on trained weights more, the fewer of them make progress.
+        steps_to_double: Steps in which the step size may double, at least 1; with a new head or
+            adapters on trained weights, and with SGD, more, the fewer of them make progress.
         max_search_interval: Most steps between two searches, at least 1.
         initial_step_size: Where the first search starts, above 0. It goes up and down from there.
         cool_down: As in `StepSizeRule`.
@@ -252,8 +252,8 @@ class Plus(StepSizeRule[PlusState]):
         may_grow = state.progress > 0 and self._falls(state)
         if change > goal or line.last_factor < 1 or not may_grow:
             return state
-        alike = state.untrained or state.all_trained
-        growing = steps * (1.0 if alike else min(1.0, _AGREED * state.progress**2))
+        all_count = state.untrained or state.all_trained
+        growing = steps * (1.0 if all_count else min(1.0, _AGREED * state.progress**2))
         growth = 2 ** min(1.0, growing / self.steps_to_double)
         if change > 0:
             # In logarithms: a change may be so small that the power overflows.
@@ -416,9 +416,10 @@ class Plus(StepSizeRule[PlusState]):
             "Hammer, IJCNN 2024](https://arxiv.org/abs/2407.20650)), or with a warm-up where the "
             "weights were never trained or a new head was trained first, may double within "
             f"{double} while the loss falls, where its steps change little and lower the loss of "
-            "new mini-batches (with a new head or adapters: the more slowly, the fewer do), and is "
-            "kept where a step changes that of the next one beside what its gradient foresees by "
-            f"at most {100 * self.trust:.3g} % of the loss at the start, or, where the weights "
-            f"were trained before, raises it by at most {100 * _TOLERATED * self.trust:.3g} %. "
+            "new mini-batches (with a new head or adapters, as with SGD: the more slowly, the "
+            "fewer do), and is kept where a step changes that of the next one beside what its "
+            f"gradient foresees by at most {100 * self.trust:.3g} % of the loss at the start, or, "
+            "where the weights were trained before, raises it by at most "
+            f"{100 * _TOLERATED * self.trust:.3g} %. "
             f"{self.describe_tail()}; the search ran at {when}"
         )

@@ -43,8 +43,9 @@ class Line:
         total_steps: Steps of the run; 0 where they are not known.
         untrained: Whether the weights were never trained. Asked before the first step size is
             found, if the rule has `looks_at_weights`; else False, like those below False or 0.
-        all_trained: Whether all of them were: no new head was trained alone, and no parameter is 0
-            as the second matrix of new adapters. False where no step size is usual.
+        all_trained: Whether they were trained and none is known to be new: no head was trained
+            alone, and no parameter is 0 throughout, as the second matrix of new adapters is. False
+            where no step size is usual.
         usual_step_size: What people use along this direction for such weights. 0 where they were
             trained, and where no number is usual (SGD).
         matrix_scale: After a new head was trained alone: the step size at which one step may be as

@@ -5,7 +5,7 @@ from launching import configuration, launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-BLOCKS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
+BLOCKS = {"bert": "BertLayer", "gpt2": "GPT2Block", "trained gpt2": "GPT2Block"}
 
 
 def sharded(model, accumulation, state_dict_type, optim="salsa_adam"):
@@ -27,6 +27,7 @@ SHARDED = [
     sharded("gpt2", 2, "FULL_STATE_DICT"),
     sharded("gpt2", 1, "SHARDED_STATE_DICT"),
     sharded("gpt2", 2, "SHARDED_STATE_DICT", "salsa_adam_plus"),
+    sharded("trained gpt2", 1, "SHARDED_STATE_DICT", "salsa_adam_plus"),
 ]
 
 
@@ -50,6 +51,9 @@ def test_fsdp2_gives_the_trajectory_of_one_process(one, two):
         expected = one[given["model"], given["optim"]]
         assert result["sharded"]
         assert not expected["sharded"]
+        assert result["all_trained"] == expected["all_trained"]
+        if given["optim"] == "salsa_adam_plus":
+            assert result["all_trained"] == (given["model"] == "trained gpt2")
         assert result["step_sizes"] == pytest.approx(expected["step_sizes"], rel=1e-3)
         # Stock Trainer's loss of BERT grows with processes and accumulation; Adam's eps sees that.
         rel = 3e-3 if given["model"] == "bert" else 1e-4

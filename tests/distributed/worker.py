@@ -61,10 +61,20 @@ def with_new_head(trained: BertForSequenceClassification) -> BertForSequenceClas
     )
 
 
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model of which no number is as it was made."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.01 * torch.randn_like(param))
+    return model
+
+
 def make_model(kind: str, dropout: float) -> torch.nn.Module:
     set_seed(0)
     if kind == "new head":
         return with_new_head(make_model("bert", dropout))
+    if kind == "trained gpt2":
+        return moved(make_model("gpt2", dropout))
     if kind == "batchnorm":
         return WithBatchNorm()
     if kind == "bert":
@@ -208,6 +218,7 @@ def train(configuration: dict, folder: Path, checkpoint: str | None = None) -> d
         "searches": optimizer.counters.searches,
         "trials": optimizer.counters.trials,
         "head_steps": optimizer.param_groups[0]["head_steps"],
+        "all_trained": optimizer.param_groups[0].get("all_trained"),  # of the plus optimizers
         "factors": [[g["head"], g.get("step_size_factor")] for g in optimizer.param_groups],
         "all_reduces": all_reduces[0],
         "weights": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),

@@ -226,7 +226,7 @@ def test_says_how_the_plus_optimizers_find_the_step_size(write, optimizer, steps
         "starts at 0.3 of what the first one allows",
         "double within 8 steps while the loss falls",
         "where its steps change little and lower the loss of new mini-batches",
-        "(with a new head or adapters: the more slowly, the fewer do)",
+        "(with a new head or adapters, as with SGD: the more slowly, the fewer do)",
         "or a new head was trained first",
         "beside what its gradient foresees by at most 0.9 % of the loss at the start, or, where "
         "the weights were trained before, raises it by at most 2.7 %",
