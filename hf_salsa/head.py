@@ -178,7 +178,7 @@ def head_groups(
         ValueError: As in `find_head`.
 
     Example:
-        >>> optimizer = SaLSaAdam(head_groups(model), head_first=10)
+        >>> optimizer = SaLSaAdamPlus(head_groups(model), total_steps=1000)
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return mark_head([{"params": params, **options}], model, find_head(model, names))

@@ -11,7 +11,7 @@ where it accepts those of `TrainingArguments`. Which optimizer trains is one rul
 1. the launcher's `--optim`, in front of the script's name;
 2. the script's own `--optim`, behind it;
 3. what the code says: `optim=`, `optimizers=`, a `create_optimizer` of its own. It is left alone;
-4. `salsa_adam`.
+4. `salsa_adam_plus`.
 
 A flag that names an optimizer of transformers changes `optim` and nothing else: the code may
 overrule it, as it may without the launcher. One line on stderr says what trains.
@@ -55,7 +55,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
         "--optim",
         metavar="NAME",
         help="the optimizer, whatever the script says. Default: what the script says, else "
-        "salsa_adam",
+        "salsa_adam_plus",
     )
     parser.add_argument("-m", action="store_true", dest="module", help="SCRIPT names a module")
     parser.add_argument("script", metavar="SCRIPT")

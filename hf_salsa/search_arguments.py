@@ -16,7 +16,7 @@ from .optimizers import OPTIMIZERS, LineSearchOptimizer
 from .rules.plus import Plus
 from .settings import SETTINGS, SettingFields, check_setting
 
-DEFAULT_OPTIMIZER = next(iter(OPTIMIZERS))
+DEFAULT_OPTIMIZER = "salsa_adam_plus"
 _PREFIX = "salsa_"
 _HEAD_FIRST = "salsa_head_first"  # which the optimizers of transformers have too
 # Settings that transformers has fields for.
@@ -160,7 +160,7 @@ class SearchArguments(SettingFields):
 def line_search_name(args: TrainingArguments) -> str | None:
     """Return the line search that `args` ask for, or None for an optimizer of transformers.
 
-    Plain `TrainingArguments` cannot name one and get `"salsa_adam"`.
+    Plain `TrainingArguments` cannot name one and get `DEFAULT_OPTIMIZER`.
     """
     if isinstance(args, SearchArguments):
         return args.optim if args.optim in OPTIMIZERS else None
@@ -242,9 +242,11 @@ def _given_settings(args: TrainingArguments, name: str) -> dict[str, Any]:
                 f"{_STOCK_FIELDS[setting]} of the training arguments."
             )
         if setting not in known:
+            able = [n for n, cls in OPTIMIZERS.items() if setting in cls.default_settings()]
+            choice = f", or set optim to one of {', '.join(able)}" if able else ""
             raise ValueError(
                 f"{argument}={value!r} is not allowed with optim={name!r}, which has no such "
-                "setting. Leave it out, or choose another optimizer."
+                f"setting. Leave it out{choice}."
             )
         check_setting(setting, value, argument)
     return {setting: value for setting, value, _ in given}

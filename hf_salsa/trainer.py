@@ -422,8 +422,9 @@ class _WithOthers(nn.Module):
 class SaLSaTrainer(SaLSaTrainerMixin, Trainer):
     """`Trainer` without a learning rate.
 
-    Takes what `Trainer` takes. The optimizer is `salsa_adam` unless `SaLSaTrainingArguments.optim`
-    names another or `optimizers=(SaLSaSGD(model.parameters()), None)` brings one.
+    Takes what `Trainer` takes. The optimizer is `salsa_adam_plus` unless
+    `SaLSaTrainingArguments.optim` names another or `optimizers=(SaLSaSGD(model.parameters()),
+    None)` brings one.
 
     Example:
         >>> args = SaLSaTrainingArguments("out")

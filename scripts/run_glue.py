@@ -19,8 +19,8 @@ After Ctrl-C, the same command and:
 
 The settings may come from a file: python scripts/run_glue.py settings.yaml
 
-Defaults are the paper's (5 epochs, batches of 32, 256 tokens, BERT-base), evaluation and a
-checkpoint after each epoch.
+Defaults are the paper's (5 epochs, batches of 32, 256 tokens, BERT-base), but for the optimizer:
+the paper's is --optim salsa_adam. Evaluation and a checkpoint after each epoch.
 """
 
 from collections.abc import Sequence

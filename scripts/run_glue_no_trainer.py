@@ -17,11 +17,13 @@ After Ctrl-C, the same command and:
         --resume_from_checkpoint true
 
 Evaluation and a checkpoint after each epoch; the data flags are those of run_glue.py. Against AdamW
-three lines differ, marked (1) to (3): optimizer, `BatchObjective` instead of a scheduler, loss.
+three lines differ, marked (1) to (3): optimizer, `BatchObjective` instead of a scheduler, loss. The
+objective clips the gradients, too.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_salsa import OPTIMIZERS, BatchObjective
+from hf_salsa import OPTIMIZERS, BatchObjective, head_groups
 
 ARGUMENTS = (glue.ModelArguments, glue.DataArguments, loop.LoopArguments)
 
@@ -90,7 +92,7 @@ def train(
     if args.optim == "adamw_torch":
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     else:
-        optimizer = OPTIMIZERS[args.optim](model.parameters())  # (1)
+        optimizer = OPTIMIZERS[args.optim](head_groups(model))  # (1)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     updates = math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
     if args.optim == "adamw_torch":
@@ -101,7 +103,11 @@ def train(
         )
     else:
         objective = BatchObjective(model, optimizer)  # (2)
-        optimizer.optimizer.plan(updates * args.num_train_epochs)  # only a cool-down needs it
+        optimizer.optimizer.plan(updates * args.num_train_epochs)  # warm-up and cool-down need it
+
+    clip, clips = partial(accelerator.clip_grad_norm_, list(model.parameters())), True
+    if objective:  # the search must know the factor; the paper's methods go without
+        clip, clips = objective.clip_grad_norm_, objective.line_search.rule_type.clips_gradients
 
     def loss_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch).loss
@@ -115,6 +121,8 @@ def train(
             with accelerator.accumulate(model):
                 loss = objective.record(loss_fn, batch) if objective else loss_fn(batch)  # (3)
                 accelerator.backward(loss)
+                if clips and accelerator.sync_gradients:
+                    clip(1.0)
                 optimizer.step()
                 if scheduler:
                     scheduler.step()

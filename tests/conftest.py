@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub must fail
@@ -18,6 +19,16 @@ torch.set_num_threads(1)  # tiny models: threads only cost
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    """The scripts print what the package logs; the next test must not."""
+    logger = logging.getLogger("hf_salsa")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -287,7 +287,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     whole = parser.add_argument_group("whole jobs, instead of steps")
     whole.add_argument("--jobs", nargs="+", choices=jobs.SCRIPTS, default=[])
     whole.add_argument("--updates", type=int, nargs="+", default=[40], help="of a job; 0: its own")
-    whole.add_argument("--optims", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)[:1])
+    whole.add_argument(
+        "--optims", nargs="+", choices=OPTIMIZERS, default=[SaLSaTrainingArguments.optim]
+    )
     args = measuring.parse(parser, argv)
     if args.steps < 10 or args.steps % 10:
         parser.error(f"--steps {args.steps} is not a multiple of 10, the search interval")

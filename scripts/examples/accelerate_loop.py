@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn, tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_salsa import BatchObjective, SaLSaAdam
+from hf_salsa import BatchObjective, SaLSaAdamPlus
 
 set_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=4)
@@ -26,8 +26,9 @@ model = nn.Sequential(
     *(nn.Flatten(), nn.Linear(128, 10)),
 )
 
-optimizer = SaLSaAdam(model.parameters())
+optimizer = SaLSaAdamPlus(model.parameters())
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+optimizer.optimizer.plan(3 * -(-len(loader) // 4))  # the updates of the run, rounded up
 # After prepare, and told by what accelerator.backward divides each loss.
 objective = BatchObjective(model, optimizer)
 

@@ -22,7 +22,6 @@ def counting(*steps):
 def train(model, data, epochs):
     args = SaLSaTrainingArguments(
         "runs/lora",
-        optim="salsa_adam_plus",
         num_train_epochs=epochs,
         per_device_train_batch_size=32,
         save_strategy="no",

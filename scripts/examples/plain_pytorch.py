@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from hf_salsa import BatchObjective, SaLSaAdam
+from hf_salsa import BatchObjective, SaLSaAdamPlus
 
 torch.manual_seed(0)
 images, digits = (torch.tensor(array) for array in load_digits(return_X_y=True))
@@ -19,7 +19,7 @@ train, held_out = shuffled[:1500], shuffled[1500:]
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
 
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-optimizer = SaLSaAdam(model.parameters())  # (1)
+optimizer = SaLSaAdamPlus(model.parameters(), total_steps=5 * 24)  # (1)
 # scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5 * 24)
 objective = BatchObjective(model, optimizer)  # (2)
 
@@ -43,7 +43,7 @@ for epoch in range(5):
     for batch in train[torch.randperm(len(train))].split(64):
         loss = objective.record(loss_fn, batch)  # (3), instead of loss_fn(batch)
         loss.backward()
-        objective.clip_grad_norm_(1.0)  # torch's, and the search knows; leave it out as you like
+        objective.clip_grad_norm_(1.0)  # torch's, and the search knows
         optimizer.step()
         optimizer.zero_grad()
     after, accuracy = evaluate()

@@ -37,7 +37,6 @@ sums = [(a, b) for a in range(10) for b in range(10)]
 prompts, completions = [f"{a} plus {b} is" for a, b in sums], [f" {a + b}" for a, b in sums]
 args = SaLSaSFTConfig(
     "runs/trl_sft",
-    optim="salsa_adam_plus",  # the better one from scratch
     num_train_epochs=60,
     per_device_train_batch_size=25,
     bf16=False,  # TRL's default is True, whose rounding hides small decreases from the search

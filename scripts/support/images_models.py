@@ -30,6 +30,7 @@ from support.images_data import EMBEDDED_NOTICE, DataArguments, data_name, is_em
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet34_cifar10": {
         "architecture": "resnet34",
+        "optim": "salsa_adam",
         "dataset_name": "uoft-cs/cifar10",
         "num_train_epochs": 100.0,
         "dataloader_num_workers": 4,
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "resnet34_cifar100": {
         "architecture": "resnet34",
+        "optim": "salsa_adam",
         "dataset_name": "uoft-cs/cifar100",
         "label_column": "fine_label",
         "dataloader_num_workers": 4,
@@ -45,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "resnet50_imagenet": {
         "architecture": "resnet50",
+        "optim": "salsa_adam",
         "dataset_name": "ILSVRC/imagenet-1k",
         "image_size": 224,
         "dataloader_num_workers": 8,

@@ -99,6 +99,7 @@ def with_trainer(net, fault, rank, folder, sizes):
 
     args = SaLSaTrainingArguments(
         str(folder / "out"),
+        optim="salsa_adam",  # as in the loop
         max_steps=UPDATES,
         per_device_train_batch_size=4,
         logging_steps=1,

@@ -35,7 +35,8 @@ class Case:
 
 
 def case_arguments(case, folder, salsa, **options):
-    """Make the arguments of a case: four updates, each logged."""
+    """Make the arguments of a case: four updates, each logged, with a search at each."""
+    line_search = options.get("optim", "").startswith("salsa") or (salsa and "optim" not in options)
     return case.arguments[salsa](
         **{
             "output_dir": str(folder),
@@ -46,6 +47,7 @@ def case_arguments(case, folder, salsa, **options):
             "save_strategy": "no",
             "disable_tqdm": True,
             "logging_steps": 1,
+            **({"salsa_max_search_interval": 1} if line_search else {}),
             **case.options,
             **options,
         }

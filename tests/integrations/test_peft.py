@@ -16,7 +16,8 @@ def test_peft_searches_adapters_only(arguments, bert, sentences):
     trainer = SaLSaTrainer(model, arguments(), train_dataset=sentences)
     trainer.train()
     optimizer = trainer.line_search
-    assert optimizer.counters.searches == 6
+    assert optimizer.counters.searches == 4  # of 6 steps
+    assert not optimizer.param_groups[0]["all_trained"]  # the second matrix of each adapter is 0
     assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
     for name, param in model.named_parameters():
         if name in frozen:

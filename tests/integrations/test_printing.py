@@ -53,11 +53,14 @@ def test_a_run_prints_a_line_for_each_entry_and_three_at_the_end(
     assert lines[2].startswith("{'eval_loss': '")  # Trainer's own
     assert lines[3].startswith("{'train_runtime': '")
     assert "salsa" not in lines[3]
+    searches = metrics["salsa/searches"]
+    assert 1 < searches < 6
     share = 100 * metrics["salsa/search_runtime"] / metrics["train_runtime"]
     assert lines[4:] == [
-        f"Step size: settled at {trainer.line_search.step_size:.2e}.",
-        f"Search: {share:.1f} % of the time, for 6 searches with {metrics['salsa/trials']} extra "
-        "forward passes.",
+        f"Step size: settled at {metrics['salsa/settled_step_size']:.2e}, and fell to 0 over the "
+        "last 60 % of the run.",
+        f"Search: {share:.1f} % of the time, for {searches} searches with "
+        f"{metrics['salsa/trials']} extra forward passes.",
         f"AdamW: if you must, try the learning rate {metrics['salsa/median_step_size']:.1e}.",
     ]
     assert 0 < share < 100

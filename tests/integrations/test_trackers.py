@@ -85,4 +85,4 @@ def test_what_is_sent_to(tracker, arguments, bert, sentences, monkeypatch):
         assert sent == expected | {"train/global_step": entry["step"]}
         assert {f"train/salsa/{name}" for name in OF_SEARCH} <= sent.keys()
     assert {f"train/salsa/{name}" for name in AT_THE_END} <= client.sent[-1].keys()
-    assert client.config["optim"] == "salsa_adam"  # what runs are compared by
+    assert client.config["optim"] == "salsa_adam_plus"  # what runs are compared by

@@ -62,6 +62,7 @@ def test_a_search_does_not_depend_on_the_scale_of_the_loss(arguments, bert, sent
     sizes = []
     for accumulation in (1, 8):
         args = arguments(
+            optim="salsa_adam",
             gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=8 // accumulation,
             logging_steps=1,

@@ -37,7 +37,7 @@ def test_learns(arguments, bert, sentences):
 
 @pytest.mark.slow
 def test_second_train_goes_on(arguments, bert, sentences):
-    trainer = SaLSaTrainer(bert(), arguments(), train_dataset=sentences)
+    trainer = SaLSaTrainer(bert(), arguments(optim="salsa_adam"), train_dataset=sentences)
     trainer.train()
     first = trainer.line_search
     trainer.train()
@@ -85,7 +85,8 @@ def test_auto_find_batch_size(arguments, bert, sentences):
 
 
 def test_iterable_dataset(arguments, bert, sentences):
-    trainer = SaLSaTrainer(bert(), arguments(), train_dataset=Endless(sentences))
+    args = arguments(optim="salsa_adam")
+    trainer = SaLSaTrainer(bert(), args, train_dataset=Endless(sentences))
     assert trainer.train().metrics["salsa/searches"] == 6
 
 
@@ -95,14 +96,14 @@ def test_hyperparameter_search(arguments, bert, sentences):
     tried = []
 
     def space(trial):
-        tried.append(trial.suggest_categorical("salsa_c", [0.3, 0.5]))
-        return {"salsa_c": tried[-1]}
+        tried.append(trial.suggest_categorical("salsa_cool_down", [0.3, 0.5]))
+        return {"salsa_cool_down": tried[-1]}
 
     used = []
 
     class Collect(TrainerCallback):
         def on_train_end(self, args, state, control, optimizer=None, **kwargs):
-            used.append(trainer.line_search.param_groups[0]["c"])
+            used.append(trainer.line_search.param_groups[0]["cool_down"])
 
     trainer = SaLSaTrainer(
         args=arguments(eval_strategy="steps", eval_steps=3),
@@ -119,7 +120,7 @@ def test_hyperparameter_search(arguments, bert, sentences):
 @pytest.mark.slow
 def test_torch_compile(arguments, gpt2, texts):
     """Inductor draws other dropout masks with and without gradients; without dropout: exact."""
-    args = arguments(torch_compile=True, max_steps=3)
+    args = arguments(optim="salsa_adam", torch_compile=True, max_steps=3)
     trainer = Recording(gpt2(dropout=0.0), args, train_dataset=texts)
     metrics = trainer.train().metrics
     assert metrics["salsa/searches"] == 3
@@ -152,7 +153,7 @@ def test_seq2seq(arguments):
     )  # fmt: skip
     rows = torch.randint(1, 64, (32, 6))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    args = arguments(SaLSaSeq2SeqTrainingArguments, predict_with_generate=True)
+    args = arguments(SaLSaSeq2SeqTrainingArguments, optim="salsa_adam", predict_with_generate=True)
     trainer = SaLSaSeq2SeqTrainer(
         T5ForConditionalGeneration(config), args, train_dataset=data, eval_dataset=data[:8]
     )

@@ -7,7 +7,7 @@ import torch
 from trainer_problems import assert_same_weights
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaSGD, SaLSaTrainer, SaLSaTrainingArguments
+from hf_salsa import OPTIMIZERS, SaLSaAdamPlus, SaLSaSGD, SaLSaTrainer, SaLSaTrainingArguments
 from hf_salsa.optimizers import LineSearchAdam
 from hf_salsa.rules import RuleState, SearchRecord, StepSizeRule
 
@@ -29,12 +29,12 @@ def test_a_stock_optimizer_trains_as_trainer_does(arguments, bert, sentences, op
     assert_same_weights(*models)
 
 
-def test_plain_training_arguments_train_with_salsa_adam_and_say_so(arguments, bert, sentences):
-    with pytest.warns(UserWarning, match="trains with salsa_adam") as caught:
+def test_plain_training_arguments_train_with_the_default_and_say_so(arguments, bert, sentences):
+    with pytest.warns(UserWarning, match="trains with salsa_adam_plus") as caught:
         trainer = SaLSaTrainer(bert(), arguments(TrainingArguments), train_dataset=sentences)
         trainer.train()
     assert len([w for w in caught if "trains with" in str(w.message)]) == 1
-    assert isinstance(trainer.line_search, SaLSaAdam)
+    assert isinstance(trainer.line_search, SaLSaAdamPlus)
 
 
 def test_own_optimizer(arguments, bert, sentences):
@@ -76,7 +76,7 @@ def test_line_search_is_the_optimizer_inside(arguments, bert, sentences):
     trainer = SaLSaTrainer(bert(), arguments(), train_dataset=sentences)
     assert trainer.line_search is None  # not made yet
     trainer.train()
-    assert isinstance(trainer.line_search, SaLSaAdam)
+    assert isinstance(trainer.line_search, SaLSaAdamPlus)
     assert trainer.line_search is trainer.optimizer.optimizer  # inside Accelerate's wrapper
     model = bert()
     own = SaLSaSGD(model.parameters())

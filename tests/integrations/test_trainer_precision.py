@@ -45,7 +45,8 @@ def test_a_step_that_the_scaler_skips_changes_nothing(arguments, bert, sentences
     model.classifier.weight.register_hook(
         lambda grad: grad * torch.inf if len(seen) in (3, 4) else grad
     )
-    trainer = Scaled(model, arguments(max_steps=8), train_dataset=sentences, callbacks=[Collect()])
+    args = arguments(optim="salsa_adam", max_steps=8)
+    trainer = Scaled(model, args, train_dataset=sentences, callbacks=[Collect()])
     trainer.train()
     assert [skipped for skipped, _, _ in seen] == [False] * 3 + [True] * 2 + [False] * 3
     _, values, group = seen[2]

@@ -13,7 +13,9 @@ from hf_salsa import SaLSaTrainer, SaLSaTrainerMixin
 
 
 def test_empty_dataset_is_refused(arguments, bert):
-    with pytest.raises(ValueError, match="salsa_adam does not work with an empty train_dataset"):
+    with pytest.raises(
+        ValueError, match="salsa_adam_plus does not work with an empty train_dataset"
+    ):
         SaLSaTrainer(bert(), arguments(), train_dataset=[])
 
 

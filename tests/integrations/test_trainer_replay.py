@@ -32,7 +32,7 @@ from hf_salsa import BatchObjective, SaLSaSGD, SaLSaTrainer, SaLSaTrainerMixin
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
 def test_replay_is_exact(request, arguments, sentences, texts, model, options):
     data = {"bert": sentences, "gpt2": texts}[model]
-    args = arguments(**options, per_device_train_batch_size=4)
+    args = arguments(**options, optim="salsa_adam", per_device_train_batch_size=4)
     trainer = Recording(request.getfixturevalue(model)(), args, train_dataset=data)
     check = CheckReplay(trainer)
     trainer.add_callback(check)
@@ -50,7 +50,9 @@ class OwnObjective(BatchObjective):
 def test_trials_are_forward_passes_only(arguments, bert, sentences, monkeypatch, objective):
     """Each micro-batch is differentiated once, and no trial builds a graph."""
     monkeypatch.setattr("hf_salsa.trainer.BatchObjective", objective)
-    args = arguments(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    args = arguments(
+        optim="salsa_adam", gradient_accumulation_steps=2, per_device_train_batch_size=4
+    )
     trainer = SaLSaTrainer(bert(), args, train_dataset=sentences)
     forward, backward, in_trial = [], [], []
     trainer.model.register_forward_hook(lambda *_: forward.append(torch.is_grad_enabled()))
@@ -70,7 +72,9 @@ def test_replay_is_exact_with_compute_loss_func(arguments, bert, sentences):
         loss = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
         return loss / num_items_in_batch
 
-    args = arguments(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    args = arguments(
+        optim="salsa_adam", gradient_accumulation_steps=2, per_device_train_batch_size=4
+    )
     trainer = Recording(bert(), args, train_dataset=sentences, compute_loss_func=compute_loss)
     check = CheckReplay(trainer)
     trainer.add_callback(check)

@@ -94,5 +94,5 @@ def test_checkpoint_of_another_optimizer_is_refused(arguments, bert, sentences):
     args = arguments(optim="adamw_torch", save_strategy="steps", save_steps=3)
     SaLSaTrainer(bert(), args, train_dataset=sentences).train()
     trainer = SaLSaTrainer(bert(), arguments(), train_dataset=sentences)
-    with pytest.raises(ValueError, match="was not written by SaLSaAdam"):
+    with pytest.raises(ValueError, match="was not written by SaLSaAdamPlus"):
         trainer.train(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-3"))

@@ -30,7 +30,7 @@ def test_every_line_search_is_an_optim_name(tmp_path, name):
 
 def test_defaults(tmp_path):
     args = parse("--output_dir", str(tmp_path))
-    assert args.optim == "salsa_adam"
+    assert args.optim == "salsa_adam_plus"
     assert optimizer_arguments(args) == {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -110,7 +110,7 @@ def test_stock_optimizers_keep_transformers_defaults(tmp_path):
 )
 def test_values_out_of_range_are_refused(tmp_path, argument, value, allowed):
     with pytest.raises(ValueError, match=rf"^{argument}={value!r} is not allowed: .*{allowed}"):
-        SaLSaTrainingArguments(str(tmp_path), **{argument: value})
+        SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam", **{argument: value})
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -118,8 +118,9 @@ def test_settings_that_an_optimizer_does_not_have_are_refused(tmp_path, value):
     message = f"salsa_require_decrease={value} is not allowed with optim='salsa_adam_plus'"
     with pytest.raises(ValueError, match=message):
         SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_require_decrease=value)
-    with pytest.raises(ValueError, match="salsa_c=2.0 .* which has no such setting"):
-        SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam_plus", salsa_c=2.0)
+    able = "salsa_adam, salsa_sgd, sls_adam, sls_sgd"
+    with pytest.raises(ValueError, match=f"salsa_c=2.0 .* no such setting.*optim to one of {able}"):
+        SaLSaTrainingArguments(str(tmp_path), salsa_c=2.0)
 
 
 def test_a_misspelt_optimizer_gets_a_suggestion(tmp_path):
@@ -165,7 +166,9 @@ def test_optim_args_reach_settings_without_a_field(tmp_path, optim, given, expec
 
 
 def test_optim_args_stand_beside_fields(tmp_path):
-    args = SaLSaTrainingArguments(str(tmp_path), salsa_c=0.4, optim_args="max_trials=7")
+    args = SaLSaTrainingArguments(
+        str(tmp_path), optim="salsa_adam", salsa_c=0.4, optim_args="max_trials=7"
+    )
     found = optimizer_arguments(args)
     assert (found["c"], found["max_trials"]) == (0.4, 7)
 
@@ -231,6 +234,8 @@ def test_settings_of_a_search_are_refused_with_a_stock_optimizer(tmp_path):
 
 def test_the_norm_to_clip_at_follows_the_optimizer(tmp_path):
     args = SaLSaTrainingArguments(str(tmp_path))
+    assert args.max_grad_norm == 1.0
+    args = dataclasses.replace(args, optim="salsa_adam")
     assert args.max_grad_norm == 0.0
     assert dataclasses.replace(args, optim="adamw_torch").max_grad_norm == 1.0
     assert dataclasses.replace(args, optim="salsa_sgd_plus").max_grad_norm == 1.0
@@ -255,9 +260,9 @@ def test_optim_args_of_a_stock_optimizer_are_transformers_business(tmp_path):
 
 
 def test_optim_args_set_later_are_checked_when_the_optimizer_is_made(tmp_path):
-    args = SaLSaTrainingArguments(str(tmp_path))
+    args = SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam")
     args.optim_args = "max_trials=0"
-    with pytest.raises(ValueError, match="optim_args: max_trials=0 is not allowed"):
+    with pytest.raises(ValueError, match="optim_args: max_trials=0 is not allowed: .*at least 1"):
         optimizer_arguments(args)
 
 
@@ -290,7 +295,7 @@ def test_what_a_line_search_ignores_is_named(tmp_path):
 
 
 def test_values_set_later_are_checked_when_the_optimizer_is_made(tmp_path):
-    args = SaLSaTrainingArguments(str(tmp_path))
+    args = SaLSaTrainingArguments(str(tmp_path), optim="salsa_adam")
     args.salsa_c = 7.0  # as a hyper-parameter search does
-    with pytest.raises(ValueError, match=r"salsa_c=7.0 is not allowed"):
+    with pytest.raises(ValueError, match=r"salsa_c=7.0 is not allowed: .*between 0 and 1"):
         optimizer_arguments(args)

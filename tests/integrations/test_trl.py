@@ -180,6 +180,6 @@ def test_online_trainers_are_refused_by_name(make, trainer_class, args_class):
     )
     reward = {"reward_funcs": lambda completions, **kwargs: [1.0] * len(completions)}
     name = trainer_class.__name__.removeprefix("SaLSa")
-    with pytest.raises(ValueError, match=f"salsa_adam does not work with {name}: it generates new"):
+    with pytest.raises(ValueError, match=f"salsa_adam_plus does not work with {name}: it"):
         make(case, trainer_options=reward)
     make(case, trainer_options=reward, optim="adamw_torch")

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_salsa import (
     SaLSaAdam,
+    SaLSaAdamPlus,
     SaLSaArgumentsMixin,
     SaLSaSGD,
     SaLSaTrainer,
@@ -24,6 +25,7 @@ from hf_salsa import (
     exchange,
     script_trainer,
 )
+from hf_salsa.optimizers import LineSearchOptimizer
 
 
 @dataclass
@@ -130,16 +132,16 @@ IN_CODE = {
 }
 
 
-def test_by_default_salsa_adam_trains(train):
-    said = ["Trainer's optimizer was exchanged for SaLSaAdam (the default)."]
-    assert train() == (SaLSaAdam, said)
+def test_by_default_salsa_adam_plus_trains(train):
+    said = ["Trainer's optimizer was exchanged for SaLSaAdamPlus (the default)."]
+    assert train() == (SaLSaAdamPlus, said)
 
 
 @pytest.mark.parametrize("code", IN_CODE)
 def test_what_the_code_says_is_left_alone(train, arguments, code):
     cls, settings, given = IN_CODE[code]
     optimizer, (line,) = train(cls, arguments(**settings), **given)
-    assert not issubclass(optimizer, SaLSaAdam)
+    assert not issubclass(optimizer, LineSearchOptimizer)
     assert line == (
         f"{cls.__name__} trains with {optimizer.__name__}, nothing was exchanged: its script names "
         "it. --optim NAME in front of the script's name exchanges it."
@@ -160,10 +162,10 @@ def test_a_scheduler_of_the_scripts_own(train, arguments, monkeypatch):
     """Not called with a line search, and the line says so; with a stock optimizer as ever."""
     monkeypatch.setattr(OwnSchedulerTrainer, "scheduled", [])
     said = (
-        "OwnSchedulerTrainer's optimizer was exchanged for SaLSaAdam (the default). Its "
+        "OwnSchedulerTrainer's optimizer was exchanged for SaLSaAdamPlus (the default). Its "
         "create_scheduler is not called: there is no learning rate to schedule."
     )
-    assert train(OwnSchedulerTrainer) == (SaLSaAdam, [said])
+    assert train(OwnSchedulerTrainer) == (SaLSaAdamPlus, [said])
     assert OwnSchedulerTrainer.scheduled == []
     optimizer, (line,) = train(OwnSchedulerTrainer, arguments(optim="adamw_torch"))
     assert optimizer is torch.optim.AdamW
@@ -232,7 +234,7 @@ def test_an_unknown_optimizer(asked, arguments, name):
 @pytest.mark.parametrize("name", ["GRPOTrainer", "OnlineDPOTrainer"])
 def test_what_generates_its_data_is_refused(bert, arguments, sentences, asked, name):
     cls = type(name, (Trainer,), {})
-    with pytest.raises(ValueError, match=f"salsa_adam does not work with {name}: it generates"):
+    with pytest.raises(ValueError, match=f"salsa_adam_plus does not work with {name}: it"):
         cls(bert(), arguments(), train_dataset=sentences)
     asked("adamw_torch")
     cls(bert(), arguments(), train_dataset=sentences)
@@ -305,7 +307,7 @@ def test_arguments_that_name_the_mixin_themselves(arguments, asked):
     class Both(SaLSaArgumentsMixin, OwnArguments):
         pass
 
-    assert arguments(Both).optim == "salsa_adam"
+    assert arguments(Both).optim == "salsa_adam_plus"
 
 
 # --- pickle
@@ -343,7 +345,7 @@ def test_arguments_of_a_local_class_are_copied(arguments, asked):
 
 
 def test_a_pickled_trainer(bert, arguments, asked):
-    trainer = OwnTrainer(bert(), arguments(salsa_c=0.25))
+    trainer = OwnTrainer(bert(), arguments(optim="salsa_adam", salsa_c=0.25))
     again = exchange.restore(*trainer.__reduce__()[1])
     assert type(again) is type(trainer)
     assert trainer.__reduce__()[1] == (exchange.searching_trainer, OwnTrainer)

@@ -18,8 +18,9 @@ from hf_salsa.settings import SettingFields
     ("flags", "complaints"),
     [
         (["--optim", "salsa_adma"], ["optim='salsa_adma'", "Did you mean 'salsa_adam'?"]),
-        (["--salsa_c", "1.5"], ["salsa_c", "1.5", "between 0 and 1"]),
-        (["--salsa_beta3", "1"], ["salsa_beta3", "[0, 1)"]),
+        (["--optim", "salsa_adam", "--salsa_c", "1.5"], ["salsa_c", "1.5", "between 0 and 1"]),
+        (["--optim", "salsa_adam", "--salsa_beta3", "1"], ["salsa_beta3", "[0, 1)"]),
+        (["--salsa_beta3", "0.9"], ["salsa_beta3", "no such setting", "salsa_adam, salsa_sgd"]),
         (["--salsa_c", "much"], ["--salsa_c", "'much'"]),
         (["--salsa_intial_step_size", "1"], ["--salsa_intial_step_size",
                                              "Did you mean --salsa_initial_step_size?"]),
@@ -43,7 +44,7 @@ def test_wrong_flags(error, script, flags, complaints):
     ("content", "complaint"),
     [
         ("max_stepss: 1", "unknown argument --max_stepss. Did you mean --max_steps?"),
-        ("salsa_c: 1.5", "salsa_c"),
+        ("optim: salsa_adam\nsalsa_c: 1.5", "salsa_c=1.5 is not allowed: "),
         ("- 1", "settings.yaml holds no names with values"),
         ("a: [", "settings.yaml: while parsing"),
         (None, "settings.yaml"),
@@ -80,7 +81,7 @@ def test_help_shows_the_settings_of_the_search_first(capsys, script):
     assert "--salsa" not in others
     assert "--output_dir" in others
     assert "(default: None)" not in shown
-    assert "(default: salsa_adam)" in shown
+    assert "(default: salsa_adam_plus)" in " ".join(shown.split())
 
 
 def test_settings_from_a_yaml_file(tmp_path, capsys, bert_folder):

@@ -55,7 +55,7 @@ def test_glue_on_embedded_data(glue):
     assert len(result.log("eval_loss")) == 3  # at the start, after the epoch, at the end
 
     card = (result.folder / "README.md").read_text()
-    assert "SaLSaAdam" in card
+    assert "SaLSaAdamPlus" in card
     assert f"Accuracy: {metrics['eval_accuracy']:.4f}" in card
     report = result.stdout[result.stdout.index("Before training:") :]
     assert f"accuracy {metrics['eval_accuracy']:.4f}" in report

@@ -71,7 +71,8 @@ def test_presets(preset, model, dataset, epochs, batch, image_size):
     assert training_args.num_train_epochs == epochs
     assert training_args.per_device_train_batch_size == batch
     assert model_args.image_size == image_size
-    assert training_args.optim == "salsa_adam"
+    papers = preset != "vit_cifar10"
+    assert training_args.optim == ("salsa_adam" if papers else "salsa_adam_plus")
 
 
 def test_other_flags_win_over_a_preset(tmp_path):

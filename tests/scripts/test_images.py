@@ -71,7 +71,7 @@ def test_digits(run):
         assert f"{name} {value:.4f}" in report
     assert f"Accuracy: {metrics['eval_accuracy']:.4f}" in card
     assert "handwritten digits" in card
-    assert "SaLSaAdam" in card
+    assert "SaLSaAdamPlus" in card
     assert "from support.images_models import SmallStemResNetForImageClassification" in card
     for path in ("README.md", "step_size_and_loss.png", "checkpoint-40"):
         assert str(result.folder / path) in report
@@ -179,7 +179,8 @@ def test_searches_leave_batch_norm_alone(run, monkeypatch):
 
     monkeypatch.setattr(images_models, "make_model", keep_model)
     monkeypatch.setattr(SaLSaAdam, "step", checked_step)
-    run("--max_steps", 4, "--salsa_max_search_interval", 1, "--eval_strategy", "no")
+    flags = ("--optim", "salsa_adam", "--salsa_max_search_interval", 1)
+    run("--max_steps", 4, *flags, "--eval_strategy", "no")
     assert len(steps) == 4
     assert min(steps) >= 1
     norms = [module for module in models[0].modules() if isinstance(module, nn.BatchNorm2d)]
@@ -193,6 +194,7 @@ def test_searches_leave_batch_norm_alone(run, monkeypatch):
 def test_interrupted_and_resumed_equals_the_straight_run(run, tmp_path, capsys, monkeypatch):
     """The checkpoint lies in the middle of the second epoch."""
     flags = ("--max_steps", 12, "--save_strategy", "steps", "--save_steps", 8, "--logging_steps", 1)
+    flags += ("--salsa_max_search_interval", 1)  # a search to interrupt at the update that is named
     epochs = []
     begin_epoch = images.ImageExamples.begin_epoch
     monkeypatch.setattr(

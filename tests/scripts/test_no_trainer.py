@@ -14,6 +14,7 @@ import run_clm
 import run_glue
 import run_glue_no_trainer as script
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from running import tiny_bert_config
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_salsa import OPTIMIZERS
+from hf_salsa import OPTIMIZERS, BatchObjective
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +114,31 @@ def test_trains_and_saves(run, tiny, flags):
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert "classifier.weight" in moved
     assert [entry["epoch"] for entry in log(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "salsa_adam", "salsa_adam_plus"])
+def test_gradients_are_clipped_as_trainer_clips_them(run, monkeypatch, optim):
+    """At every update, all of them; with the paper's methods not at all."""
+    clipped, clip = [], Accelerator.clip_grad_norm_
+
+    def counting(accelerator, parameters, max_norm, norm_type=2):
+        parameters = list(parameters)
+        clipped.append((len(parameters), max_norm))
+        return clip(accelerator, parameters, max_norm, norm_type)
+
+    by_objective, clip_of_objective = [], BatchObjective.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", counting)
+    monkeypatch.setattr(
+        BatchObjective,
+        "clip_grad_norm_",
+        lambda self, norm: by_objective.append(norm) or clip_of_objective(self, norm),
+    )
+    rate = {"learning_rate": 1e-3} if optim == "adamw_torch" else {}
+    run(optim=optim, gradient_accumulation_steps=2, **rate)
+    updates = 2 * 3
+    assert [norm for _, norm in clipped] == [1.0] * (updates if optim == "adamw_torch" else 0)
+    assert all(number > 10 for number, _ in clipped)
+    assert by_objective == [1.0] * (updates if optim == "salsa_adam_plus" else 0)
 
 
 def test_learns_from_own_files(run, tmp_path):
@@ -247,7 +273,7 @@ def test_its_checkpoints_are_complete_and_damage_is_seen(run, capsys, flags):
     ("flags", "message"),
     [
         ({"mixed_precision": "fp16"}, "mixed_precision=fp16 needs a GPU"),
-        ({"learning_rate": 1e-3}, "learning_rate has no meaning with optim=salsa_adam"),
+        ({"learning_rate": 1e-3}, "learning_rate has no meaning with optim=salsa_adam_plus:"),
         ({"optim": "adamw_torch"}, "optim=adamw_torch needs a learning_rate"),
         ({"num_train_epochs": 0}, "num_train_epochs must be at least 1, got 0"),
         ({"optim": "salsa"}, "invalid choice: 'salsa'"),

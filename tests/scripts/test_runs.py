@@ -34,6 +34,7 @@ def test_interrupted_and_resumed_equals_the_straight_run(
     run = request.getfixturevalue(job)
     flags = [*("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2)]
     flags += [*("--logging_steps", 1, "--per_device_train_batch_size", 4)]
+    flags += ["--salsa_max_search_interval", 1]  # a search to interrupt at the update that is named
     if job == "glue":
         flags += ["--model_name_or_path", bert_folder]
     else:
