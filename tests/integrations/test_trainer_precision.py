@@ -18,15 +18,23 @@ class Scaled(SaLSaTrainer):
         self.accelerator.scaler = torch.amp.GradScaler(
             "cpu", init_scale=self.init_scale, growth_interval=1000
         )
+        self.accelerator.unscale_gradients = self.unscale_gradients
+
+    def unscale_gradients(self, optimizer=None):
+        """What Accelerate does with fp16 only, before it clips."""
+        self.accelerator.scaler.unscale_(self.line_search)
 
 
 @pytest.mark.slow
-def test_a_gradient_scaler_is_seen_through(arguments, bert, sentences):
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+@pytest.mark.parametrize("optim", ["salsa_adam", "salsa_adam_plus"])
+def test_a_gradient_scaler_is_seen_through(arguments, bert, sentences, optim, max_grad_norm):
     """The search sees unscaled gradients: the trajectory is that without a scaler (13)."""
     models = []
     for cls in (SaLSaTrainer, Scaled):
         model = bert()
-        cls(model, arguments(), train_dataset=sentences).train()
+        args = arguments(optim=optim, max_grad_norm=max_grad_norm)
+        cls(model, args, train_dataset=sentences).train()
         models.append(model)
     assert_same_weights(*models)  # scaling by a power of two is exact
 
