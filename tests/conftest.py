@@ -22,13 +22,11 @@ hypothesis.settings.load_profile("reproducible")
 
 
 @pytest.fixture(autouse=True)
-def logger_as_before():
-    """The scripts print what the package logs; the next test must not."""
+def quiet_logger():
+    """The scripts print what the package logs; what runs after them must not."""
     logger = logging.getLogger("hf_salsa")
-    handlers, level = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
