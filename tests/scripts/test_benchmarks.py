@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from hf_salsa import OPTIMIZERS, SaLSaAdam, SaLSaAdamPlus
 pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(Path(compare.__file__).parent / "benchmarks"))  # they are run from there
-contenders, import_time, measuring, put_back, step, train, workloads = map(
+contenders, import_time, measuring, plain_networks, put_back, step, train, workloads = map(
     importlib.import_module,
-    ("contenders", "import_time", "measuring", "put_back", "step", "train", "workloads"),
+    (
+        *("contenders", "import_time", "measuring", "plain_networks"),
+        *("put_back", "step", "train", "workloads"),
+    ),
 )
 
 
@@ -165,6 +169,32 @@ def test_what_is_put_back(tiny, tmp_path, capsys):
     assert ms[1] > ms[0] > 0
     assert ms[1] > ms[2] > 5 * ms[3] > 0
     assert "MISSED: 0.03" in capsys.readouterr().out
+
+
+def test_plain_networks(tmp_path, capsys):
+    """Every network trains; of the rates, which AdamW has each once, the best one is shown."""
+    output = tmp_path / "figures.json"
+    plain_networks.main(["--updates", "10", "--repeats", "2", "--output", str(output)])
+    about, rows = json.loads(output.read_text()).values()
+    assert about["repeats"] == 2
+    *of_networks, mean = rows
+    assert [row["network"] for row in of_networks] == list(plain_networks.tasks())
+    task = plain_networks.tasks()["digits, three layers"]
+    row = of_networks[0]
+    losses = {
+        rate: sum(plain_networks.train(task, seed, 10, rate)[0] for seed in (0, 1)) / 2
+        for rate in (None, *plain_networks.RATES)
+    }
+    assert row["SaLSaAdamPlus"] == pytest.approx(losses.pop(None))
+    assert row["its rate"] == min(losses, key=losses.get)
+    assert row["AdamW, best of 7 rates"] == pytest.approx(min(losses.values()))
+    assert row["ratio"] == pytest.approx(row["SaLSaAdamPlus"] / min(losses.values()))
+    ratios = [row["ratio"] for row in of_networks]
+    assert math.prod(ratios) == pytest.approx(mean["ratio"] ** len(ratios))
+    assert all(row["largest step size"] > 0 for row in of_networks)
+    assert "Training loss at the end of 10 updates" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plain_networks.main(["--updates", "9"])
 
 
 def test_importing(monkeypatch, capsys):
