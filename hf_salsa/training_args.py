@@ -45,11 +45,13 @@ class SaLSaTrainingArguments(SaLSaArgumentsMixin, TrainingArguments):  # type: i
         salsa_beta3: Smoothing of both sides of the criterion, in [0, 1).
         salsa_steps_to_double: Updates in which the step size may double, at least 1.
         salsa_backtrack_factor: By what a rejected step size shrinks, in (0, 1).
-        salsa_initial_step_size: Step size at which the first search starts, above 0.
+        salsa_initial_step_size: Step size at which the first search starts, above 0. Without effect
+            where the run starts with a warm-up (`SaLSaAdamPlus`), as `salsa_direction` there.
         salsa_max_search_interval: Most updates from one search to the next, at least 1.
-        salsa_direction: `"gradient"` or `"momentum"`.
+        salsa_direction: `"gradient"` or `"momentum"`, along which step sizes are tested.
         salsa_require_decrease: Accept no step on which the mini-batch's loss rises.
         salsa_cool_down: Share of the run at its end in which the step size falls linearly to 0.
+            Default: 0.6 with the plus optimizers, 0 with the paper's.
 
     Raises:
         ValueError: An unknown optimizer, a value out of range, or one that the optimizer does not

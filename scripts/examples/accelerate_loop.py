@@ -29,7 +29,7 @@ model = nn.Sequential(
 optimizer = SaLSaAdamPlus(model.parameters())
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 optimizer.optimizer.plan(3 * -(-len(loader) // 4))  # the updates of the run, rounded up
-# After prepare, and told by what accelerator.backward divides each loss.
+# After prepare. It sees by itself by what accelerator.backward divides each loss.
 objective = BatchObjective(model, optimizer)
 
 
