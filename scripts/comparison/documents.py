@@ -273,7 +273,8 @@ def summary_sentence(evidence: Evidence) -> str:
             continue
         count, of_tasks = stand_count(beside, name)
         if of_tasks:
-            others.append(f"{name_of(name)} on {count} of {of_tasks}")
+            label = "the rule of 0.1.0" if name == FORMER else name_of(name)
+            others.append(f"{label} on {count} of {of_tasks}")
     sentences.append(f"Others that need no tuning: {', '.join(others)}.")
     sentences.append(
         f"To stand beside it is to end with at most {STANDS} times its training loss (losses below "
@@ -291,9 +292,10 @@ def behind(evidence: Evidence) -> str:
     cpu, beside = evidence.cpu, of_plus(evidence)
     found = [task for task in beside if not beside[task][evidence.plus].stands]
     if not found:
-        return "- **Where AdamW at its best rate was better**: on none of these tasks."
+        return "- **Where AdamW at its best rate was better, by loss or by metric**: nowhere here."
     found.sort(key=lambda task: -beside[task][evidence.plus].ratio)
-    return f"- **Where AdamW at its best rate was better**: {listed([*map(cpu.title, found)])}."
+    titles = listed([*map(cpu.title, found)])
+    return f"- **Where AdamW at its best rate was better, by loss or by metric**: {titles}."
 
 
 def against_sentence(evidence: Evidence) -> str:
